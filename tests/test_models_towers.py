@@ -1,0 +1,164 @@
+"""Text towers against torch's encoder and transformers; timm towers and weights."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from helpers.tiny_models import CAPTIONS, TINY_IMAGE, word_tokenizer, write_bert
+from safetensors.torch import save_file
+from transformers import AutoModel
+
+from vlkd.errors import UserError
+from vlkd.models.towers import (
+    CompactText,
+    build_image_tower,
+    build_transformers_text,
+    image_tower_width,
+    load_timm_weights,
+    masked_mean,
+    set_dropout,
+)
+
+IDS = torch.tensor([[2, 5, 7, 0, 0], [2, 9, 4, 6, 8], [2, 0, 0, 0, 0]])
+MASK = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]], dtype=torch.bool)
+
+
+def compact(**changes):
+    sizes = {"vocab_size": 11, "width": 16, "layers": 3, "heads": 4, "context_length": 8} | changes
+    return CompactText(**sizes).eval()
+
+
+def as_torch_encoder(tower, heads):
+    """torch's own encoder with the tower's weights."""
+    width = tower.width
+    layer = torch.nn.TransformerEncoderLayer(
+        width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+    )
+    encoder = torch.nn.TransformerEncoder(layer, len(tower.blocks), norm=tower.final_norm, enable_nested_tensor=False)
+    names = {
+        "self_attn.in_proj_weight": "in_projection.weight",
+        "self_attn.in_proj_bias": "in_projection.bias",
+        "self_attn.out_proj.weight": "out_projection.weight",
+        "self_attn.out_proj.bias": "out_projection.bias",
+        "linear1.weight": "mlp_in.weight",
+        "linear1.bias": "mlp_in.bias",
+        "linear2.weight": "mlp_out.weight",
+        "linear2.bias": "mlp_out.bias",
+        "norm1.weight": "attention_norm.weight",
+        "norm1.bias": "attention_norm.bias",
+        "norm2.weight": "mlp_norm.weight",
+        "norm2.bias": "mlp_norm.bias",
+    }
+    for block, target in zip(tower.blocks, encoder.layers, strict=True):
+        state = block.state_dict()
+        target.load_state_dict({key: state[value] for key, value in names.items()})
+    return encoder.eval()
+
+
+def test_compact_tower_equals_torchs_encoder():
+    tower = compact()
+    with torch.no_grad():
+        embedded = tower.token_embedding.weight[IDS] + tower.position_embedding[:5]
+        tokens = as_torch_encoder(tower, 4)(embedded, src_key_padding_mask=~MASK)
+        wanted = torch.stack([row[keep].mean(dim=0) for row, keep in zip(tokens, MASK, strict=True)])
+        torch.testing.assert_close(tower(IDS, MASK), wanted, rtol=0, atol=1e-5)
+
+
+def test_padding_does_not_change_a_text():
+    tower = compact()
+    with torch.no_grad():
+        together = tower(IDS, MASK)
+        alone = torch.cat([tower(IDS[i : i + 1, :n], MASK[i : i + 1, :n]) for i, n in enumerate((3, 5, 1))])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+
+
+def test_dropout_acts_in_training_alone():
+    tower = compact(dropout=0.5)
+    assert torch.equal(tower(IDS, MASK), tower(IDS, MASK))
+    tower.train()
+    assert not torch.equal(tower(IDS, MASK), tower(IDS, MASK))
+    set_dropout(tower, 0.0)
+    assert torch.equal(tower(IDS, MASK), tower(IDS, MASK))
+
+
+def test_heads_must_divide_the_width():
+    with pytest.raises(UserError, match="16 with 3 heads"):
+        compact(heads=3)
+
+
+def test_masked_mean_of_a_text_without_tokens_is_zero():
+    assert torch.equal(masked_mean(torch.randn(1, 3, 4), torch.zeros(1, 3, dtype=torch.bool)), torch.zeros(1, 4))
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_transformers_tower_equals_the_library(tmp_path, pooling):
+    folder = write_bert(tmp_path / "bert")
+    tower = build_transformers_text(folder, pooling=pooling, weights=True).eval()
+    encoder = AutoModel.from_pretrained(folder).eval()
+    text = word_tokenizer()(list(CAPTIONS), padding=True, return_tensors="pt")
+    mask = text["attention_mask"]
+    with torch.no_grad():
+        tokens = encoder(**text).last_hidden_state
+        mean = (tokens * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        found = tower(text["input_ids"], mask.bool())
+    torch.testing.assert_close(found, mean if pooling == "mean" else tokens[:, 0], rtol=0, atol=1e-5)
+    assert not [name for name, _ in tower.named_parameters() if "pooler" in name]
+
+
+def test_transformers_folder_without_safetensors(tmp_path):
+    folder = write_bert(tmp_path / "bert")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="Cannot load a text tower"):
+        build_transformers_text(folder, pooling="mean", weights=True)
+    with pytest.raises(UserError, match=r"Found no config\.json"):
+        build_transformers_text(tmp_path, pooling="mean", weights=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("resnet10t", TINY_IMAGE["image_kwargs"]),
+        ("mobilenetv4_conv_small_050", ""),
+        ("vit_tiny_patch16_224", '{"img_size": 32}'),
+    ],
+)
+def test_width_is_that_of_the_output(name, kwargs):
+    tower = build_image_tower(name, kwargs).eval()
+    with torch.no_grad():
+        assert tower(torch.zeros(1, 3, 32, 32)).shape == (1, image_tower_width(tower))
+
+
+def test_timm_refusals_name_neighbours():
+    with pytest.raises(UserError, match="such as"):
+        build_image_tower("resnet10x", "")
+    with pytest.raises(UserError, match="timm cannot build"):
+        build_image_tower("resnet10t", '{"no_such_argument": 1}')
+    with pytest.raises(UserError, match="timm cannot build"):
+        build_image_tower("resnet10t", "{not json")
+
+
+def test_timm_weights_with_classifier(tmp_path):
+    source = timm.create_model("resnet10t", channels=(8, 8, 16, 16), stem_width=8, num_classes=7).eval()
+    path = tmp_path / "tower.safetensors"
+    save_file({key: value.half() if value.ndim > 1 else value for key, value in source.state_dict().items()}, path)
+    tower = build_image_tower("resnet10t", TINY_IMAGE["image_kwargs"]).eval()
+    load_timm_weights(tower, str(path))
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        wanted = source.forward_head(source.forward_features(pixels), pre_logits=True)
+        torch.testing.assert_close(tower(pixels), wanted, rtol=2e-3, atol=2e-3)
+    with pytest.raises(UserError, match="does not fit its model"):
+        load_timm_weights(build_image_tower("resnet10t", ""), str(path))
+
+
+def test_pickled_damaged_and_missing_weights(tmp_path):
+    tower = build_image_tower("resnet10t", TINY_IMAGE["image_kwargs"])
+    torch.save(tower.state_dict(), tmp_path / "tower.pth")
+    with pytest.raises(UserError, match="never unpickles"):
+        load_timm_weights(tower, str(tmp_path / "tower.pth"))
+    (tmp_path / "tower.safetensors").write_bytes(b"half")
+    with pytest.raises(UserError, match="damaged"):
+        load_timm_weights(tower, str(tmp_path / "tower.safetensors"))
+    with pytest.raises(UserError, match="Found no file"):
+        load_timm_weights(tower, str(tmp_path / "nowhere.safetensors"))

@@ -1,0 +1,1 @@
+"""Data: decoding images, writing and indexing shards, and drawing captioned scenes offline."""

@@ -1,0 +1,170 @@
+"""One table of images and captions from shards, a captions file, a Karpathy JSON or a folder of images."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from glob import glob
+from pathlib import Path
+
+from PIL.Image import Image
+
+from vlkd.data.images import open_image
+from vlkd.data.records import Record, read_captions_file, read_karpathy
+from vlkd.data.shards import index_shard, read_captions, read_member
+from vlkd.errors import UserError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """Where an image's bytes are: a whole file (size -1), or a part of a tar."""
+
+    path: Path
+    offset: int = 0
+    size: int = -1
+
+    def read(self) -> bytes:
+        """The bytes; raises `UserError` when the file is gone or shorter than it was."""
+        try:
+            return self.path.read_bytes() if self.size < 0 else read_member(self.path, self.offset, self.size)
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be read ({error.strerror}); restore it or leave it out.") from None
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Images and their captions, row by row; an image without captions is unlabelled.
+
+    Attributes:
+        keys: one per image, without repeats.
+        captions: those of each image, () for none.
+        files: where each image is.
+        problems: what was left out, in words.
+    """
+
+    keys: list[str]
+    captions: list[tuple[str, ...]]
+    files: list[ImageFile]
+    problems: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def image(self, i: int, size_hint: int | None = None) -> Image:
+        """Decode image `i`; raises `BadImage` for one that cannot be used."""
+        return open_image(self.files[i].read(), size_hint=size_hint)
+
+    def texts(self) -> list[str]:
+        """All captions, row by row."""
+        return [caption for captions in self.captions for caption in captions]
+
+    def fingerprint(self) -> str:
+        """A hash of keys, captions and the images' places and sizes."""
+        state = hashlib.sha256()
+        for key, captions, file in zip(self.keys, self.captions, self.files, strict=True):
+            size = file.size if file.size >= 0 else file.path.stat().st_size
+            state.update(repr((key, captions, file.path.name, file.offset, size)).encode())
+        return state.hexdigest()[:16]
+
+
+def open_pairs(ref: str) -> Pairs:
+    """Open one source: a folder or a glob of shards, one tar, a captions JSONL or CSV, a Karpathy JSON, an image folder.
+
+    Args:
+        ref: a path; `PATH#SPLIT` takes one split of a captions file or a Karpathy JSON, or the folder `PATH/SPLIT`.
+
+    Raises:
+        UserError: nothing is there, it is empty, or it has another form.
+    """
+    path, split = _place(ref)
+    pairs = _open(path, split, ref)
+    if not len(pairs):
+        raise UserError(f"{ref} holds no usable image ({'; '.join(pairs.problems[:3]) or 'it is empty'}); check it.")
+    return pairs
+
+
+def open_union(refs: Sequence[str]) -> Pairs:
+    """Several sources one after the other; keys get the source's number in front where they would repeat."""
+    if not refs:
+        raise UserError("No data are named; set data.train=PATH.")
+    sources = [open_pairs(ref) for ref in refs]
+    keys = [key for source in sources for key in source.keys]
+    if len(set(keys)) < len(keys):
+        keys = [f"{number}:{key}" for number, source in enumerate(sources) for key in source.keys]
+    return Pairs(
+        keys,
+        [captions for source in sources for captions in source.captions],
+        [file for source in sources for file in source.files],
+        tuple(problem for source in sources for problem in source.problems),
+    )
+
+
+def _place(ref: str) -> tuple[str, str]:
+    if Path(ref).exists() or "#" not in ref:
+        return ref, ""
+    path, _, split = ref.rpartition("#")
+    return path, split
+
+
+def _open(place: str, split: str, ref: str) -> Pairs:
+    path = Path(place)
+    if path.is_dir():
+        path = path / split
+        if not path.is_dir():
+            raise UserError(f"{place} has no folder {split!r}; check the split or run `vlkd prep`.")
+        shards = sorted(path.glob("*.tar"))
+        return _from_shards(shards) if shards else _from_image_folder(path)
+    if not path.exists():
+        shards = sorted(Path(found) for found in glob(place))
+        if shards:
+            return _from_shards(shards)
+        raise UserError(f"There is nothing at {ref}; give shards, a captions file, a Karpathy JSON or an image folder.")
+    if path.suffix == ".tar":
+        return _from_shards([path])
+    if path.suffix == ".json":
+        return _from_records(read_karpathy(path), split)
+    if path.suffix in (".jsonl", ".csv", ".tsv"):
+        return _from_records(read_captions_file(path), split)
+    raise UserError(f"{ref} is no known data file; expected .tar, .jsonl, .csv, a Karpathy .json or a folder.")
+
+
+def _from_shards(shards: Sequence[Path]) -> Pairs:
+    keys: list[str] = []
+    captions: list[tuple[str, ...]] = []
+    files: list[ImageFile] = []
+    problems: list[str] = []
+    for shard in shards:
+        index = index_shard(shard)
+        problems += [f"{shard.name}: {problem}" for problem in index.problems]
+        for sample in index.samples:
+            keys.append(sample.key)
+            captions.append(read_captions(shard, sample))
+            files.append(ImageFile(shard, sample.image.offset, sample.image.size))
+    _check_keys(keys)
+    return Pairs(keys, captions, files, tuple(problems))
+
+
+def _from_image_folder(folder: Path) -> Pairs:
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    keys = [path.relative_to(folder).as_posix() for path in paths]
+    return Pairs(keys, [()] * len(paths), [ImageFile(path) for path in paths])
+
+
+def _from_records(records: Sequence[Record], split: str) -> Pairs:
+    chosen = [record for record in records if not split or record.split == split]
+    if split and not chosen:
+        known = ", ".join(sorted({record.split for record in records}))
+        raise UserError(f"No record has the split {split!r}; there are {known}.")
+    keys = [record.key for record in chosen]
+    _check_keys(keys)
+    return Pairs(keys, [record.captions for record in chosen], [ImageFile(record.image) for record in chosen])
+
+
+def _check_keys(keys: Sequence[str]) -> None:
+    if len(set(keys)) < len(keys):
+        seen: set[str] = set()
+        twice = next(key for key in keys if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise UserError(f"The key {twice!r} stands for two images; rename one or run `vlkd prep`.")

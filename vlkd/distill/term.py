@@ -1,0 +1,71 @@
+"""A method is data: a tuple of terms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from vlkd.errors import UserError
+
+SOURCES = ("student", "projected", "teacher")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Term:
+    """One objective with its weight and the features it reads.
+
+    Args:
+        name: how it is logged; one per method.
+        objective: a pure function of the features, in the order of `features`; what it returns is averaged.
+        features: `student.NAME`, `projected.NAME` (a student embedding through its head to the teacher's width; the
+            head is shared by both modalities, so that matched spaces stay one space) or `teacher.NAME`, where NAME is a
+            key of `vlkd.features.FEATURES`. A term that names a text feature sees only the captioned samples.
+        weight: its factor in the total.
+        teacher: whose features `teacher.` and `projected.` mean; "" for none.
+        match: pass `match` (B, B) to the objective, true where two samples share their image or their caption.
+    """
+
+    name: str
+    objective: Callable[..., Tensor]
+    features: tuple[str, ...]
+    weight: float = 1.0
+    teacher: str = ""
+    match: bool = False
+
+    def __post_init__(self) -> None:
+        for feature in self.features:
+            source = feature.partition(".")[0]
+            if source not in SOURCES:
+                raise UserError(f"Term {self.name!r}: {feature!r} must begin with one of {', '.join(SOURCES)}.")
+            if source != "student" and not self.teacher:
+                raise UserError(f"Term {self.name!r} reads {feature!r} but names no teacher.")
+
+    @property
+    def needs_caption(self) -> bool:
+        """Whether it reads any text feature."""
+        return any(".text." in feature for feature in self.features)
+
+    @property
+    def projects(self) -> bool:
+        """Whether it needs a head."""
+        return any(feature.startswith("projected.") for feature in self.features)
+
+
+def wanted(terms: Iterable[Term], source: str, teacher: str = "") -> frozenset[str]:
+    """The features that a source must give for all terms; `projected.` counts as the student's.
+
+    Args:
+        terms: of the method.
+        source: "student" or "teacher".
+        teacher: whose, for "teacher".
+    """
+    prefixes = ("student.", "projected.") if source == "student" else ("teacher.",)
+    return frozenset(
+        feature.partition(".")[2]
+        for term in terms
+        if source == "student" or term.teacher == teacher
+        for feature in term.features
+        if feature.startswith(prefixes)
+    )

@@ -1,0 +1,78 @@
+"""What follows training: the exported student, the figures on the test split, the report."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from vlkd import __version__
+from vlkd.data.sources import Pairs, open_pairs
+from vlkd.distill.distiller import Distiller
+from vlkd.engine.loop import Outcome
+from vlkd.engine.results import Entry, evaluate_entry, write_report
+from vlkd.engine.settings import Run
+from vlkd.models.base import DualEncoderModule
+from vlkd.models.composite import CompositeModel
+from vlkd.models.load import load
+from vlkd.models.spec import with_text_of
+from vlkd.retrieval.encode import encode_pairs
+from vlkd.retrieval.search import evaluate_retrieval
+
+
+def retrieval_figures(model: DualEncoderModule, pairs: Pairs) -> dict[str, float]:
+    """The few retrieval figures that are watched during training."""
+    encoded = encode_pairs(model, model, pairs, batch_size=128, progress=False)
+    result = evaluate_retrieval(encoded.image_embed, encoded.text_embed, encoded.image_of_text)
+    return {
+        "mean_hit@1": result.mean_hit_at_1,
+        "mean_hit@10": (result.image_to_text["hit@10"] + result.text_to_image["hit@10"]) / 2,
+        "rsum": result.rsum,
+    }
+
+
+def finish(
+    config: Run,
+    folder: Path,
+    outcome: Outcome,
+    distiller: Distiller,
+    teachers: dict[str, DualEncoderModule],
+    pairs: Pairs,
+) -> None:
+    """Export the student, evaluate it beside its teachers and `report.compare`, write results and report."""
+    student = outcome.student
+    assert isinstance(student, CompositeModel)
+    student.save(folder / "student", dtype=config.student.dtype, golden=True)
+    entries = [Entry(role="student", name=str(folder / "student"), model=student)]
+    if config.report.asymmetric:
+        for name, ref in zip(config.teacher_names, config.teachers.refs, strict=True):
+            if name in distiller.heads:
+                mixed = with_text_of(student, ref, heads=(distiller.heads[name],))
+                mixed.save(folder / f"student-with-text-of-{name}")
+                entries.append(Entry(role="student image, teacher text", name=name, model=mixed))
+    entries += [Entry(role="teacher", name=name, model=model) for name, model in teachers.items()]
+    entries += [Entry(role="compared", name=ref, model=load(ref)) for ref in config.report.compare]
+    rows: list[dict[str, Any]] = []
+    place = config.data.test or config.data.val
+    evaluated = []
+    if place:
+        held_out = open_pairs(place)
+        evaluated = [evaluate_entry(entry, held_out) for entry in entries]
+        run = {"samples": outcome.samples, "steps": outcome.step, "seconds": outcome.seconds, "seed": config.seed}
+        rows = [item.row | {"data": place, "vlkd": __version__} | run for item in evaluated]
+        write_lines(folder / "results.jsonl", rows)
+    path = write_report(config, folder, evaluated, open_pairs(place) if place else None, len(pairs))
+    for row in rows:
+        print(
+            f"{row['role']:<28} {row['name']:<40} hit@1 {100 * row['mean_hit@1']:5.1f}  "
+            f"hit@10 {100 * row['mean_hit@10']:5.1f}"
+        )
+    print(f"student: {folder / 'student'}\nreport: {path}", flush=True)
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Strict JSON, one row a line, put in place whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows), encoding="utf-8")
+    temporary.replace(path)

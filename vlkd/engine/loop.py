@@ -1,0 +1,144 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from vlkd.data.loader import Batch, BatchStream
+from vlkd.distill.distiller import Distiller
+from vlkd.engine.checkpoint import load_checkpoint, save_checkpoint, whole_checkpoints
+from vlkd.engine.log import MetricsLog
+from vlkd.engine.optim import AveragedWeights, clamp_logit_scale, learning_rate, parameter_groups
+from vlkd.engine.settings import Train
+from vlkd.errors import UserError
+from vlkd.models.base import DualEncoderModule
+from vlkd.models.composite import CompositeModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a loop leaves: the weights to export, the steps and samples done, the seconds of this process's share."""
+
+    student: DualEncoderModule
+    step: int
+    samples: int
+    seconds: float
+
+
+def train(
+    distiller: Distiller,
+    stream: BatchStream,
+    settings: Train,
+    folder: Path,
+    accelerator: Accelerator,
+    evaluate: Callable[[DualEncoderModule], dict[str, float]],
+) -> Outcome:
+    """Train until the stream ends: data, forward, weights, backward, step, log, evaluate, save.
+
+    The newest whole checkpoint in `folder` is continued.
+
+    Args:
+        distiller: student, heads and terms.
+        stream: the batches of this rank.
+        settings: of the optimiser, the log and the checkpoints.
+        folder: of the run.
+        accelerator: devices, ranks and precision.
+        evaluate: figures of a student, to be logged.
+
+    Raises:
+        UserError: a loss is not finite; the sentence names the term and the samples.
+    """
+    steps = max(1, stream.samples // stream.batch_size)
+    optimizer = torch.optim.AdamW(parameter_groups(distiller, settings.weight_decay), lr=settings.lr, betas=(0.9, 0.98))
+    averaged = AveragedWeights(distiller.student, settings.ema) if settings.ema else None
+    modules: dict[str, nn.Module] = {"distiller": distiller} | ({"averaged": averaged.module} if averaged else {})
+    step = 0
+    if found := whole_checkpoints(folder / "checkpoints"):
+        state = load_checkpoint(found[-1], modules=modules, optimizer=optimizer)
+        step = state["step"]
+        stream.load_state_dict(state["stream"])
+        accelerator.print(f"continuing from {found[-1]} ({stream.position} samples seen)")
+    log = MetricsLog(folder / "metrics.jsonl", step) if accelerator.is_main_process else None
+    model, optimizer = accelerator.prepare(distiller, optimizer)
+    best = averaged.module if averaged else distiller.student
+    started = last_saved = last_logged = time.perf_counter()
+    next_evaluation = _next(stream.position, settings.eval_samples)
+    bar = tqdm(
+        total=stream.samples, initial=stream.position, unit="sample", desc="training", disable=not accelerator.is_main_process
+    )
+    distiller.train()
+    for batch in stream:
+        batch = batch.to(accelerator.device)
+        rate = learning_rate(step, steps=steps, peak=settings.lr, warmup=settings.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        with accelerator.autocast():
+            losses = model(batch)
+        total = distiller.total(losses)
+        _check_finite(total, losses, batch)
+        optimizer.zero_grad(set_to_none=True)
+        accelerator.backward(total)
+        norm = accelerator.clip_grad_norm_(distiller.parameters(), settings.clip or float("inf"))
+        optimizer.step()
+        if isinstance(distiller.student, CompositeModel):
+            clamp_logit_scale(distiller.student.log_logit_scale, settings.max_logit_scale)
+        if averaged:
+            averaged.update(distiller.student, step)
+        step += 1
+        bar.update(stream.batch_size)
+        ended = step == steps
+        if log and (step % settings.log_steps == 0 or ended):
+            last_logged = time.perf_counter()
+            row = _figures(distiller, losses, total, norm, rate) | {"seconds": last_logged - started}
+            bar.set_postfix({"loss": f"{row['loss']:.3f}", "lr": f"{rate:.1e}"}, refresh=False)
+            log.write(step, stream.position, row)
+            accelerator.log(row, step=step)
+        if log and (ended or stream.position >= next_evaluation):
+            next_evaluation = _next(stream.position, settings.eval_samples)
+            figures = evaluate(best)
+            log.write(step, stream.position, {f"val/{name}": value for name, value in figures.items()})
+            accelerator.log({f"val/{name}": value for name, value in figures.items()}, step=step)
+        if accelerator.is_main_process and (ended or time.perf_counter() - last_saved >= 60 * settings.save_minutes):
+            save_checkpoint(
+                folder / "checkpoints", step, modules=modules, optimizer=optimizer, state={"stream": stream.state_dict()}
+            )
+            last_saved = time.perf_counter()
+        if ended:
+            break
+    bar.close()
+    accelerator.wait_for_everyone()
+    return Outcome(student=best, step=step, samples=stream.position, seconds=max(last_logged - started, 0.0))
+
+
+def _next(position: int, interval: int) -> float:
+    return (position // interval + 1) * interval if interval else float("inf")
+
+
+def _figures(
+    distiller: Distiller, losses: dict[str, Tensor], total: Tensor, norm: Tensor, rate: float
+) -> dict[str, float]:
+    """What is logged: each term raw and weighted, the total, the gradient's norm, the rate, the logit scale."""
+    row = {f"loss/{name}": float(value.detach()) for name, value in losses.items()}
+    for term in distiller.terms:
+        if term.name in losses:
+            row[f"weighted/{term.name}"] = distiller.weight_of(term) * row[f"loss/{term.name}"]
+    scale = distiller.student.scale_features()["logit_scale"].detach()
+    return row | {"loss": float(total.detach()), "gradient_norm": float(norm), "lr": rate, "logit_scale": float(scale)}
+
+
+def _check_finite(total: Tensor, losses: dict[str, Tensor], batch: Batch) -> None:
+    if torch.isfinite(total):
+        return
+    wrong = ", ".join(f"{name} = {float(value)}" for name, value in losses.items() if not torch.isfinite(value))
+    raise UserError(
+        f"Found a loss that is not finite ({wrong or f'their sum = {float(total)}'}) on the samples "
+        f"{', '.join(batch.keys[:8])}, ...; lower train.lr, or check these samples and the teachers."
+    )

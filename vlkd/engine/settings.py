@@ -1,0 +1,147 @@
+"""The settings every recipe shares; a recipe adds a section of its own by subclassing `Run`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from vlkd.data.views import ViewSettings
+from vlkd.models.spec import CompositeSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What is read.
+
+    Args:
+        train: sources (`PATH` or `PATH#SPLIT`); images without captions take part in the terms that need none.
+        val: a captioned source on which the run is watched; "" for none.
+        test: a captioned source for the final table, read once when training has ended; "" for none.
+        keep_short_side: hold all training images in memory, reduced to this short side; 0 decodes anew each time.
+        workers: processes that decode training images.
+    """
+
+    train: tuple[str, ...] = ()
+    val: str = ""
+    test: str = ""
+    keep_short_side: int = 0
+    workers: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teachers:
+    """Who is matched.
+
+    Args:
+        refs: references of dual encoders; () trains without a teacher.
+        weights: one per teacher; () is uniform.
+        views: hold the teachers' features of this many views of each image in memory; 0 runs them beside the student.
+        folder: where held features are kept for later runs.
+        batch_size: for the pass that computes them.
+    """
+
+    refs: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
+    views: int = 8
+    folder: str = "runs/teacher_features"
+    batch_size: int = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Student:
+    """What is trained, beyond the model's own specification.
+
+    Args:
+        start: a vlkd model folder to continue from, in place of building `model`.
+        vocab_size: of the tokenizer trained on the captions, for a compact text tower without `model.tokenizer`.
+        frozen_towers: train the projections alone, on tower features computed once.
+        dtype: how the exported weights are stored.
+    """
+
+    start: str = ""
+    vocab_size: int = 4000
+    frozen_towers: bool = False
+    dtype: Literal["float32", "float16"] = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """How it is trained.
+
+    Args:
+        samples: student samples seen; an epoch is as many as there are training images.
+        batch_size: of all ranks together.
+        lr: peak learning rate of AdamW, reached after `warmup` (a share of all steps), then a cosine to zero.
+        weight_decay: on matrices alone, never on biases, norms, embeddings of one dimension or the logit scale.
+        clip: largest norm of the gradient; 0 does not clip.
+        ema: decay of the averaged weights that are evaluated and exported; 0 keeps none.
+        max_logit_scale: the logit scale is clamped to it after each step.
+        precision: "bf16" runs the towers under autocast; objectives are always float32.
+        log_steps: between lines of metrics.jsonl.
+        eval_samples: between evaluations on `data.val`; 0 evaluates only at the end.
+        save_minutes: between checkpoints; 0 saves after every step.
+        device: "auto", "cpu" or "cuda".
+        trackers: names known to accelerate, for instance tensorboard or wandb.
+    """
+
+    samples: int = 200_000
+    batch_size: int = 256
+    lr: float = 1e-3
+    weight_decay: float = 0.1
+    warmup: float = 0.05
+    clip: float = 1.0
+    ema: float = 0.0
+    max_logit_scale: float = 100.0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    log_steps: int = 20
+    eval_samples: int = 0
+    save_minutes: float = 5.0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    trackers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What stands beside the student in the final table.
+
+    Args:
+        compare: references of further models, for instance the same student trained without a teacher.
+        asymmetric: also export the student's image tower beside each teacher's text encoder, where a head leads there.
+    """
+
+    compare: tuple[str, ...] = ()
+    asymmetric: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A whole run.
+
+    Args:
+        out: the folder of everything it writes; the same command continues there.
+        seed: of weights, order and captions.
+        smoke: three small steps on drawn scenes, on the CPU, to see that everything fits.
+    """
+
+    out: str = "runs/run"
+    seed: int = 0
+    smoke: bool = False
+    data: Data = field(default_factory=Data)
+    views: ViewSettings = field(default_factory=ViewSettings)
+    model: CompositeSpec = field(default_factory=CompositeSpec)
+    student: Student = field(default_factory=Student)
+    teachers: Teachers = field(default_factory=Teachers)
+    train: Train = field(default_factory=Train)
+    report: Report = field(default_factory=Report)
+
+    @property
+    def teacher_names(self) -> tuple[str, ...]:
+        """A short unique name per teacher: the last part of its reference, of a run's `student` folder the run's."""
+        names: list[str] = []
+        for ref in self.teachers.refs:
+            path = Path(ref.partition("@")[0])
+            last = path.parent.name if path.name == "student" else path.name
+            name = last.replace(":", "-").replace(".", "-") or "teacher"
+            names.append(name if name not in names else f"{name}-{len(names)}")
+        return tuple(names)

@@ -1,0 +1,100 @@
+"""The vocabulary that models speak, and the protocols behind which they stand.
+
+Legend of letters, everywhere in vlkd: B batch, N tokens, C channels, D joint width, K classes or class vectors,
+R regions, A answer tokens, V vocabulary, M teachers; H and W pixels; tau is a temperature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from vlkd.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+Features = Mapping[str, "Tensor"]
+"""Named tensors; every name is a key of `FEATURES`."""
+
+FEATURES: Mapping[str, str] = {
+    "image.embed": "(B, D), not normalised, from dual encoders",
+    "text.embed": "(B, D), not normalised, from dual encoders",
+    "image.pooled": "(B, C), the image tower's output before its projection",
+    "text.pooled": "(B, C), the text tower's output before its projection",
+    "logit_scale": "(), the factor on cosines, already exponentiated",
+    "logit_bias": "(), added to scaled cosines (SigLIP)",
+}
+
+
+def check_features(wanted: Collection[str], available: Collection[str], owner: str) -> None:
+    """Raise `UserError` unless every wanted feature is a known name that `owner` can produce."""
+    for name in wanted:
+        if name not in FEATURES:
+            raise UserError(f"{owner}: no feature is called {name!r}; the vocabulary is {', '.join(FEATURES)}.")
+        if name not in available:
+            raise UserError(f"{owner} cannot produce {name!r}; it has {', '.join(sorted(available))}.")
+
+
+@runtime_checkable
+class Preprocessing(Protocol):
+    """How a model prepares its own input: the half without weights, which travels to worker processes.
+
+    A decoded image is a PIL image in mode RGB. Pixels are either uint8, which the model normalises in `encode`,
+    or float, which it takes as they are.
+    """
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the pixels."""
+        ...
+
+    @property
+    def context_length(self) -> int:
+        """The largest number of tokens of one text."""
+        ...
+
+    def image_transform(self, image: Image) -> Tensor:
+        """A whole image as in evaluation (the model's own resize and crop): (3, H, W)."""
+        ...
+
+    def view_transform(self, image: Image) -> Tensor:
+        """A view that is already cropped, squashed to the input size without any further crop: (3, H, W)."""
+        ...
+
+    def tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """`ids` (B, N) int64 and `mask` (B, N) bool, true on real tokens; longer texts are truncated."""
+        ...
+
+
+@runtime_checkable
+class DualEncoder(Protocol):
+    """A model with an image tower and a text tower that share one joint space."""
+
+    @property
+    def name(self) -> str:
+        """The reference it was loaded from, for tables and errors."""
+        ...
+
+    @property
+    def provides(self) -> frozenset[str]:
+        """The features `encode` can produce."""
+        ...
+
+    @property
+    def width(self) -> int:
+        """D, the joint width."""
+        ...
+
+    @property
+    def preprocessing(self) -> Preprocessing: ...
+
+    def encode(self, inputs: Mapping[str, Tensor], want: Collection[str]) -> dict[str, Tensor]:
+        """Only the features in `want`.
+
+        Args:
+            inputs: `pixels` (B, 3, H, W) for image features; `ids` and `mask` (B, N) for text features.
+            want: names from `FEATURES`.
+        """
+        ...

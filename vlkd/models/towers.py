@@ -1,0 +1,222 @@
+"""Image towers by timm and text towers, each from tokens or pixels to one pooled vector."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from vlkd.errors import UserError
+from vlkd.models.tokenizer import first_line
+
+POOLINGS = ("mean", "cls")
+
+
+def masked_mean(tokens: Tensor, mask: Tensor) -> Tensor:
+    """Mean of tokens (B, N, C) over the true entries of mask (B, N): (B, C); a text without a token gives zero."""
+    weights = mask.to(tokens.dtype)[:, :, None]
+    return (tokens * weights).sum(dim=1) / weights.sum(dim=1).clamp_min(1.0)
+
+
+class Block(nn.Module):
+    """A pre-norm transformer layer: x + attention(norm(x)), then x + mlp(norm(x)); GELU, four times the width."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention_norm = nn.LayerNorm(width)
+        self.in_projection = nn.Linear(width, 3 * width)
+        self.out_projection = nn.Linear(width, width)
+        self.mlp_norm = nn.LayerNorm(width)
+        self.mlp_in = nn.Linear(width, 4 * width)
+        self.mlp_out = nn.Linear(4 * width, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """tokens (B, N, C), mask (B, 1, 1, N) true where a token may be attended to."""
+        batch, length, width = tokens.shape
+        mixed = self.in_projection(self.attention_norm(tokens))
+        query, key, value = mixed.view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        dropout = self.dropout.p if self.training else 0.0
+        seen = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+        tokens = tokens + self.dropout(self.out_projection(seen.transpose(1, 2).reshape(batch, length, width)))
+        inner = self.dropout(nn.functional.gelu(self.mlp_in(self.mlp_norm(tokens))))
+        result: Tensor = tokens + self.dropout(self.mlp_out(inner))
+        return result
+
+
+class CompactText(nn.Module):
+    """A small bidirectional text tower: embeddings, pre-norm layers, a final norm, the masked mean.
+
+    Args:
+        vocab_size: V.
+        width: C, a multiple of `heads`.
+        layers: number of transformer layers.
+        heads: attention heads.
+        context_length: the largest N.
+        dropout: after the embeddings, on attention weights and in the layers.
+
+    Raises:
+        UserError: the width is no multiple of the heads.
+    """
+
+    def __init__(
+        self, *, vocab_size: int, width: int, layers: int, heads: int, context_length: int, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        if heads < 1 or width % heads:
+            raise UserError(f"Found a text width of {width} with {heads} heads; choose a width that the heads divide.")
+        self.width = width
+        self.token_embedding = nn.Embedding(vocab_size, width)
+        self.position_embedding = nn.Parameter(torch.empty(context_length, width))
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(layers))
+        self.final_norm = nn.LayerNorm(width)
+        # CLIP's initialisation of its text tower.
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.position_embedding, std=0.01)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """ids and mask (B, N) to (B, C)."""
+        tokens = self.dropout(self.token_embedding(ids) + self.position_embedding[: ids.shape[1]])
+        for block in self.blocks:
+            tokens = block(tokens, mask[:, None, None, :])
+        return masked_mean(self.final_norm(tokens), mask)
+
+
+class TransformersText(nn.Module):
+    """A transformers encoder and its pooled output, "mean" (masked, as sentence-transformers does) or "cls"."""
+
+    def __init__(self, encoder: Any, pooling: str) -> None:
+        super().__init__()
+        if pooling not in POOLINGS:
+            raise UserError(f"Found text pooling {pooling!r}, expected one of {', '.join(POOLINGS)}.")
+        self.encoder = encoder
+        self.pooling = pooling
+        self.config = encoder.config
+        self.width = int(encoder.config.hidden_size)
+        if getattr(encoder, "pooler", None) is not None:
+            encoder.pooler = None  # never used here: its weights would count, and wait for gradients that never come
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """ids and mask (B, N) to (B, C)."""
+        tokens: Tensor = self.encoder(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+        return masked_mean(tokens, mask) if self.pooling == "mean" else tokens[:, 0]
+
+
+def set_dropout(module: nn.Module, probability: float) -> None:
+    """Set the probability of every dropout layer inside."""
+    for child in module.modules():
+        if isinstance(child, nn.Dropout):
+            child.p = probability
+
+
+def build_image_tower(name: str, kwargs: str) -> Any:
+    """A timm model without classifier and without weights.
+
+    Args:
+        name: timm's name.
+        kwargs: a JSON object of further arguments of `timm.create_model`, such as `{"channels": [32, 64, 128, 224]}`.
+
+    Raises:
+        UserError: timm does not know the name or refuses the arguments.
+    """
+    import timm
+
+    try:
+        arguments = json.loads(kwargs or "{}")
+        return timm.create_model(name, pretrained=False, num_classes=0, **arguments)
+    except Exception as error:  # timm's constructors raise whatever an odd argument provokes
+        close = timm.list_models(f"*{name.split('.')[0][:8]}*")[:5]
+        raise UserError(
+            f"timm cannot build {name!r} with {kwargs or '{}'} ({first_line(error)}); "
+            f"expected one of timm.list_models(){', such as ' + ', '.join(close) if close else ''}."
+        ) from error
+
+
+def image_tower_width(tower: Any) -> int:
+    """C of a timm model without classifier; some heads widen the last features."""
+    return int(getattr(tower, "head_hidden_size", None) or tower.num_features)
+
+
+def load_timm_weights(tower: Any, path: str) -> None:
+    """Load a safetensors file with timm's keys into a tower; its classifier is left out.
+
+    Raises:
+        UserError: the file is missing or pickled, or its keys or shapes are not the tower's.
+    """
+    classifier = tower.pretrained_cfg.get("classifier") or "classifier"
+    heads = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
+    weights = {key: value for key, value in read_safetensors(path).items() if not key.startswith(heads)}
+    load_exactly(tower, weights, str(path))
+
+
+def read_safetensors(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, floating ones as float32.
+
+    Raises:
+        UserError: the file is missing, pickled or damaged.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"Found no file {path}, expected weights in safetensors; check the path.")
+    if Path(path).suffix != ".safetensors":
+        raise UserError(f"{path} is not a .safetensors file; vlkd never unpickles, convert the weights first.")
+    try:
+        found = load_file(str(path))
+    except Exception as error:  # SafetensorError is no subclass of a standard one
+        raise UserError(f"{path} is damaged ({first_line(error)}); fetch or write it again.") from error
+    return {key: value.float() if value.is_floating_point() else value for key, value in found.items()}
+
+
+def load_exactly(module: nn.Module, weights: dict[str, Tensor], source: str) -> None:
+    """Load weights whose keys and shapes are exactly the module's.
+
+    Raises:
+        UserError: naming up to three keys that are missing, unexpected or of another shape.
+    """
+    own = module.state_dict()
+    wrong = [f"{key} is missing" for key in own.keys() - weights.keys()]
+    wrong += [f"{key} is unexpected" for key in weights.keys() - own.keys()]
+    wrong += [
+        f"{key} has shape {tuple(weights[key].shape)}, expected {tuple(own[key].shape)}"
+        for key in own.keys() & weights.keys()
+        if own[key].shape != weights[key].shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(f"{source} does not fit its model: {'; '.join(sorted(wrong)[:3])}{more}; check the pair.")
+    module.load_state_dict(weights)
+
+
+def build_transformers_text(folder: str | Path, *, pooling: str, weights: bool) -> TransformersText:
+    """A text encoder from a transformers folder, with its safetensors weights or from its configuration alone.
+
+    Raises:
+        UserError: the folder cannot be read, or its weights are pickled or incomplete.
+    """
+    from transformers import AutoConfig, AutoModel
+
+    if not (Path(folder) / "config.json").is_file():
+        raise UserError(f"Found no config.json in {folder}, expected a transformers folder; check the path.")
+    try:
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+        if weights:
+            encoder, info = AutoModel.from_pretrained(
+                str(folder),
+                use_safetensors=True,
+                trust_remote_code=False,
+                dtype=torch.float32,
+                output_loading_info=True,
+            )
+        else:
+            encoder, info = AutoModel.from_config(config, trust_remote_code=False), {"missing_keys": ()}
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise UserError(f"Cannot load a text tower from {folder} ({first_line(error)}).") from error
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
+    if missing:
+        raise UserError(f"The weights in {folder} lack {', '.join(missing[:3])}; expected the weights of its config.")
+    return TransformersText(encoder.float(), pooling)

@@ -1,0 +1,21 @@
+"""Objectives: pure functions of tensors that know no model, rank, device or configuration.
+
+Embeddings come in as models give them, not normalised, in the letters of `vlkd.features` (B batch, D joint width).
+An objective is unreduced, (B,), unless it compares whole sets, (). It computes in float32 even under autocast (float64
+stays float64), and what comes from a teacher is treated as a constant: no gradient ever reaches it. Under data
+parallelism the caller gathers the batch first; B is then the global batch.
+"""
+
+from vlkd.objectives.contrastive import info_nce, interactive_contrastive, siglip
+from vlkd.objectives.embedding import embedding_cosine, embedding_mse
+from vlkd.objectives.relational import neighbour_kl, relational_kl
+
+__all__ = [
+    "embedding_cosine",
+    "embedding_mse",
+    "info_nce",
+    "interactive_contrastive",
+    "neighbour_kl",
+    "relational_kl",
+    "siglip",
+]

@@ -1,0 +1,27 @@
+"""Reports: one self-contained HTML page with tables, plots and galleries, knowing nothing of training.
+
+A page needs no network, no script and no font of its own. All text is escaped: captions come from anywhere.
+"""
+
+from vlkd.report.gallery import Gallery, ImageQuery, RankedImage, RankedText, TextQuery
+from vlkd.report.page import Report
+from vlkd.report.plots import Bar, bar_plot, line_plot
+from vlkd.report.run import read_metrics, write_run_report
+from vlkd.report.table import Estimate, Figure, Table
+
+__all__ = [
+    "Bar",
+    "Estimate",
+    "Figure",
+    "Gallery",
+    "ImageQuery",
+    "RankedImage",
+    "RankedText",
+    "Report",
+    "Table",
+    "TextQuery",
+    "bar_plot",
+    "line_plot",
+    "read_metrics",
+    "write_run_report",
+]

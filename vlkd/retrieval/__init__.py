@@ -1,0 +1,1 @@
+"""Encoding a data set, exact retrieval metrics, and the FAISS index. Knows nothing of training."""

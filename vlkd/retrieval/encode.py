@@ -1,0 +1,195 @@
+"""Encode a data set of images and captions, streaming, with progress and a list of the images that cannot be read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from vlkd.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class PairSource(Protocol):
+    """Images with their captions, by position."""
+
+    @property
+    def keys(self) -> list[str]:
+        """The stable name of each image."""
+        ...
+
+    @property
+    def captions(self) -> list[tuple[str, ...]]:
+        """The captions of each image, possibly none."""
+        ...
+
+    def image(self, i: int) -> Image:
+        """Image i, decoded; raises `UserError` or `OSError` if it cannot be read."""
+        ...
+
+    def __len__(self) -> int: ...
+
+
+class ImageEncoder(Protocol):
+    """What turns decoded images into vectors."""
+
+    def encode_image(self, images: Sequence[Image], *, batch_size: int = 64) -> Tensor:
+        """(B, D), not normalised."""
+        ...
+
+
+class TextEncoder(Protocol):
+    """What turns texts into vectors."""
+
+    def encode_text(self, texts: Sequence[str], *, batch_size: int = 256) -> Tensor:
+        """(B, D), not normalised."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedImages:
+    """Embeddings of the images that could be read.
+
+    Attributes:
+        embed: (I, D) float32, not normalised.
+        index: (I,) position of each in its source.
+        bad: key and reason of every image that could not be read.
+    """
+
+    embed: Tensor
+    index: NDArray[np.int64]
+    bad: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedPairs:
+    """Embeddings of a data set of pairs, without the images that could not be read and without their captions.
+
+    Attributes:
+        image_embed: (I, D) float32, not normalised.
+        text_embed: (T, E) float32, not normalised; E is D unless another model encodes the texts.
+        image_of_text: (T,) index of each caption's image among the I.
+        keys: I names.
+        captions: T texts.
+        bad: key and reason of every image that could not be read.
+    """
+
+    image_embed: Tensor
+    text_embed: Tensor
+    image_of_text: NDArray[np.int64]
+    keys: tuple[str, ...]
+    captions: tuple[str, ...]
+    bad: tuple[tuple[str, str], ...]
+
+
+def encode_images(
+    model: ImageEncoder, source: PairSource, *, batch_size: int = 64, progress: bool = True
+) -> EncodedImages:
+    """Encode every readable image, holding one batch of decoded images at a time.
+
+    Args:
+        model: the encoder.
+        source: the images.
+        batch_size: images decoded and encoded together.
+        progress: show a bar with rate and time left.
+
+    Raises:
+        UserError: the source is empty, or none of its images can be read.
+    """
+    if not len(source):
+        raise UserError("The data set is empty; give one with at least one image.")
+    embeds: list[Tensor] = []
+    index: list[int] = []
+    bad: list[tuple[str, str]] = []
+    with tqdm(total=len(source), desc="images", unit="image", disable=not progress) as bar:
+        for start in range(0, len(source), batch_size):
+            block = range(start, min(start + batch_size, len(source)))
+            images: list[Image] = []
+            for i in block:
+                try:
+                    images.append(source.image(i))
+                    index.append(i)
+                except (UserError, OSError) as error:
+                    bad.append((source.keys[i], str(error)))
+                    bar.set_postfix(unreadable=len(bad))
+            if images:
+                embeds.append(model.encode_image(images, batch_size=batch_size).detach().float().cpu())
+            bar.update(len(block))
+    if not embeds:
+        raise UserError(f"None of the {len(source)} images can be read; the first: {bad[0][0]}: {bad[0][1]}")
+    return EncodedImages(embed=torch.cat(embeds), index=np.array(index, np.int64), bad=tuple(bad))
+
+
+def encode_texts(model: TextEncoder, texts: Sequence[str], *, batch_size: int = 256, progress: bool = True) -> Tensor:
+    """Encode texts, each different one once, so that equal texts have exactly equal embeddings.
+
+    Args:
+        model: the encoder.
+        texts: T texts.
+        batch_size: texts encoded together.
+        progress: show a bar with rate and time left.
+
+    Returns:
+        (T, D) float32, not normalised.
+
+    Raises:
+        UserError: there is no text.
+    """
+    if not texts:
+        raise UserError("There is no caption to encode; give at least one.")
+    number = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    unique = list(number)
+    embeds = []
+    with tqdm(total=len(unique), desc="captions", unit="caption", disable=not progress) as bar:
+        for start in range(0, len(unique), batch_size):
+            batch = unique[start : start + batch_size]
+            embeds.append(model.encode_text(batch, batch_size=batch_size).detach().float().cpu())
+            bar.update(len(batch))
+    return torch.cat(embeds)[[number[text] for text in texts]]
+
+
+def encode_pairs(
+    image_model: ImageEncoder,
+    text_model: TextEncoder,
+    source: PairSource,
+    *,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> EncodedPairs:
+    """Encode images with one model and all their captions with another, or the same.
+
+    Args:
+        image_model: encodes the images.
+        text_model: encodes the captions.
+        source: the pairs; every image has a caption.
+        batch_size: images encoded together; four times as many captions are.
+        progress: show bars with rate and time left.
+
+    Raises:
+        UserError: an image has no caption, the source is empty, or none of its images can be read.
+    """
+    without = [key for key, captions in zip(source.keys, source.captions, strict=True) if not captions]
+    if without:
+        raise UserError(
+            f"Image {without[0]!r} has no caption ({len(without)} of {len(source)} images); retrieval needs a caption "
+            f"for each: leave these images out."
+        )
+    images = encode_images(image_model, source, batch_size=batch_size, progress=progress)
+    kept = images.index.tolist()
+    captions = [caption for i in kept for caption in source.captions[i]]
+    return EncodedPairs(
+        image_embed=images.embed,
+        text_embed=encode_texts(text_model, captions, batch_size=4 * batch_size, progress=progress),
+        image_of_text=np.repeat(np.arange(len(kept)), [len(source.captions[i]) for i in kept]),
+        keys=tuple(source.keys[i] for i in kept),
+        captions=tuple(captions),
+        bad=images.bad,
+    )
