@@ -110,7 +110,7 @@ def test_axis_maps_linearly_and_by_logarithm():
     [
         ((0, 1), ("0", "0.2", "0.4", "0.6", "0.8", "1.0")),
         ((3, 47), ("0", "10", "20", "30", "40", "50")),
-        ((-0.3, 0.9), ("-0.4", "-0.2", "0", "0.2", "0.4", "0.6", "0.8", "1.0")),
+        ((-0.3, 0.9), ("-0.5", "0", "0.5", "1.0")),
         ((0, 5e-4), ("0", "1e-4", "2e-4", "3e-4", "4e-4", "5e-4")),
         ((0, 0.001), ("0", "0.0002", "0.0004", "0.0006", "0.0008", "0.0010")),
         ((0, 20_000), ("0", "5k", "10k", "15k", "20k")),
@@ -200,7 +200,8 @@ def test_an_empty_plot_says_so(series, log_y):
 
 
 def test_thinning_keeps_ends_and_spikes():
-    ys = np.sin(np.arange(10_000) / 500)
+    ys = np.random.default_rng(0).normal(size=10_000)
+    ys[[0, -1]] = 0.0  # the ends are no extremes of their stretch
     ys[1234], ys[7777] = 9.0, -9.0
     points = list(zip(range(10_000), ys.tolist(), strict=True))
     kept = thin_out(points)
@@ -417,7 +418,8 @@ def test_read_metrics_falls_back_to_steps(tmp_path):
 
 
 def test_a_resumed_run_overwrites_the_steps_it_repeats(tmp_path):
-    rows = [(1, 0.1), (2, 0.2), (3, 0.3), (2, 2.2), (3, 3.3), (4, 4.4)]
+    # Killed after step 4, resumed from a checkpoint after step 1, logging more often than before.
+    rows = [(1, 0.1), (3, 0.3), (4, 0.4), (2, 2.2), (3, 3.3), (4, 4.4)]
     path = write_lines(tmp_path, *(json.dumps({"step": step, "lr": lr}) for step, lr in rows))
     assert read_metrics(path) == {"lr": ([1.0, 2.0, 3.0, 4.0], [0.1, 2.2, 3.3, 4.4])}
 
@@ -465,4 +467,4 @@ def test_curves_are_grouped_and_ordered():
 def test_a_report_without_parts_still_stands(tmp_path):
     page = Page(write_run_report(tmp_path, title="r", settings={"a": "1"}).read_text())
     assert [link["href"] for link in page.all("a")] == ["#section-0"]
-    assert "1 settings" in page.text
+    assert "Show all settings" in page.text

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from vlkd.config import to_json
 from vlkd.data.sources import Pairs
 from vlkd.engine.settings import Run
 from vlkd.metrics import bootstrap_interval, hit_at_k
 from vlkd.models.base import DualEncoderModule
+from vlkd.report import Estimate, Gallery, ImageQuery, RankedImage, RankedText, Table, TextQuery, write_run_report
+from vlkd.report.table import Value
 from vlkd.retrieval.encode import EncodedPairs, encode_pairs
-from vlkd.retrieval.search import RetrievalResult, evaluate_retrieval
+from vlkd.retrieval.search import RetrievalResult, evaluate_retrieval, normalize
+
+Array = NDArray[np.float32]
+QUERIES = 8
+SHOWN = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,25 +55,125 @@ def evaluate_entry(entry: Entry, pairs: Pairs) -> Evaluated:
     row["parameters"] = entry.model.parameter_counts()
     row["unreadable"] = len(encoded.bad)
     for k in (1, 10):
-        low, high = mean_hit_interval(result, k)
-        row[f"mean_hit@{k}_interval"] = [low, high]
+        hits = per_image_hits(result, k)
+        row[f"mean_hit@{k}_interval"] = list(bootstrap_interval(hits, seed=0))
+        row[f"per_image_hit@{k}"] = [round(float(hit), 4) for hit in hits]
     return Evaluated(entry=entry, encoded=encoded, result=result, row=row)
 
 
-def per_image_hits(result: RetrievalResult, k: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+def per_image_hits(result: RetrievalResult, k: int) -> NDArray[np.float64]:
     """Per image the mean of its own hit@k among captions and its captions' mean hit@k among images: (I,)."""
     image_hits = hit_at_k(result.ranks.image_to_text, k)
     text_hits = hit_at_k(result.ranks.text_to_image, k)
     sums = np.bincount(result.image_of_text, weights=text_hits, minlength=len(image_hits))
     counts = np.bincount(result.image_of_text, minlength=len(image_hits))
-    return np.asarray((image_hits + sums / counts) / 2)
+    return np.asarray((image_hits + sums / counts) / 2, np.float64)
 
 
-def mean_hit_interval(result: RetrievalResult, k: int) -> tuple[float, float]:
-    """95 % interval of the mean of both directions' hit@k, from a bootstrap over images."""
-    return bootstrap_interval(per_image_hits(result, k), seed=0)
+def write_report(config: Run, folder: Path, evaluated: Sequence[Evaluated], pairs: Pairs | None, images: int) -> Path:
+    """Draw `report.html`: figures of all entries, curves, the student's best and worst queries, settings."""
+    notes = [f"Trained on {images} images, {config.train.samples} samples seen, seed {config.seed}."]
+    if evaluated:
+        result = evaluated[0].result
+        notes.append(
+            f"Held-out set: {config.data.test or config.data.val}, {result.images} images and {result.captions} captions, "
+            f"{result.duplicate_captions} of them repeats. hit@k: the share of queries with a right answer among the "
+            "first k, mean of both directions; brackets hold 95 % intervals from a bootstrap over images."
+        )
+    return write_run_report(
+        folder,
+        title=folder.name,
+        lead="Image-text retrieval with a distilled student." if config.teachers.refs else "Trained without a teacher.",
+        settings=flat(to_json(config)),
+        metrics_path=folder / "metrics.jsonl",
+        table=result_table(evaluated) if evaluated else None,
+        galleries=galleries(evaluated[0], pairs) if evaluated and pairs else (),
+        notes=notes,
+    )
 
 
-def write_report(config: Run, folder: Path, evaluated: list[Evaluated], pairs: Pairs | None, images: int) -> Path:
-    """Draw `report.html`."""
-    return folder
+def result_table(evaluated: Sequence[Evaluated]) -> Table:
+    """One row per entry, percent."""
+    headers = ("model", "part", "image M", "text M", "hit@1", "hit@10", "image to text hit@1", "text to image hit@1")
+    rows: list[list[Value]] = []
+    for item in evaluated:
+        row = item.row
+        estimates = [
+            Estimate(value=100 * row[f"mean_hit@{k}"], low=100 * low, high=100 * high)
+            for k in (1, 10)
+            for low, high in [row[f"mean_hit@{k}_interval"]]
+        ]
+        sizes = [f"{row['parameters'][side] / 1e6:.2f}" for side in ("image", "text")]
+        directions = [f"{100 * row[f'{way}_hit@1']:.1f}" for way in ("image_to_text", "text_to_image")]
+        rows.append([item.entry.name, item.entry.role, *sizes, *estimates, *directions])
+    teachers = [i for i, item in enumerate(evaluated) if item.entry.role == "teacher"]
+    return Table(headers, rows, best={"hit@1": "highest", "hit@10": "highest"}, aside=teachers)
+
+
+def galleries(evaluated: Evaluated, pairs: Pairs) -> list[Gallery]:
+    """The student's best and worst text queries and image queries."""
+    scores = similarity(evaluated.encoded)
+    row_of = {key: i for i, key in enumerate(pairs.keys)}
+    rows = [row_of[key] for key in evaluated.encoded.keys]
+    found = []
+    for side, ranks in (
+        ("captions", evaluated.result.ranks.text_to_image.best),
+        ("images", evaluated.result.ranks.image_to_text.best),
+    ):
+        order = np.argsort(ranks, kind="stable")
+        for word, chosen in (("Best", order[:QUERIES]), ("Worst", order[::-1][:QUERIES])):
+            make = text_query if side == "captions" else image_query
+            items = [make(int(query), scores, int(ranks[query]), evaluated, pairs, rows) for query in chosen]
+            found.append(Gallery(title=f"{word} {side}", items=items))
+    return found
+
+
+def similarity(encoded: EncodedPairs) -> Array:
+    """Cosines (I, T)."""
+    image, text = (normalize(part).numpy() for part in (encoded.image_embed, encoded.text_embed))
+    return np.asarray(image @ text.T)
+
+
+def text_query(query: int, scores: Array, rank: int, item: Evaluated, pairs: Pairs, rows: Sequence[int]) -> TextQuery:
+    """The first five images of a caption."""
+    column = scores[:, query]
+    right = int(item.result.image_of_text[query])
+
+    def tile(i: int) -> RankedImage:
+        return RankedImage(image=pairs.image(rows[i], size_hint=160), score=float(column[i]), right=i == right)
+
+    first = [int(i) for i in np.argsort(-column, kind="stable")[:SHOWN]]
+    return TextQuery(
+        text=item.encoded.captions[query],
+        found=[tile(i) for i in first],
+        rank=rank + 1,
+        gallery_size=len(column),
+        missed=None if right in first else tile(right),
+    )
+
+
+def image_query(query: int, scores: Array, rank: int, item: Evaluated, pairs: Pairs, rows: Sequence[int]) -> ImageQuery:
+    """The first five captions of an image."""
+    line = scores[query]
+    own = item.result.image_of_text == query
+
+    def entry(i: int) -> RankedText:
+        return RankedText(text=item.encoded.captions[i], score=float(line[i]), right=bool(own[i]))
+
+    first = [int(i) for i in np.argsort(-line, kind="stable")[:SHOWN]]
+    best = int(np.flatnonzero(own)[np.argmax(line[own])])
+    return ImageQuery(
+        image=pairs.image(rows[query], size_hint=160),
+        found=[entry(i) for i in first],
+        rank=rank + 1,
+        gallery_size=len(line),
+        missed=None if own[first].any() else entry(best),
+    )
+
+
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested settings as `section.key` to text."""
+    found: dict[str, str] = {}
+    for key, value in settings.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: str(value)}
+    return found

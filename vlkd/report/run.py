@@ -99,7 +99,7 @@ def write_run_report(
                 report.text(gallery.note)
             report.gallery(gallery.items)
     report.section("Settings")
-    report.details(f"{len(settings)} settings", settings)
+    report.details("Show all settings", settings)
     return report.write(folder / "report.html")
 
 

@@ -47,7 +47,8 @@ small { font-size: 12px; color: var(--soft); font-weight: 400; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 15px; min-width: 60%; }
 th, td { padding: 9px 18px 9px 0; text-align: left; vertical-align: baseline; border-bottom: 1px solid var(--line); }
 thead th {
-  color: var(--soft); font-size: 13px; font-weight: 500; border-bottom-color: var(--soft); vertical-align: bottom; white-space: nowrap;
+  color: var(--soft); font-size: 13px; font-weight: 500; white-space: nowrap;
+  border-bottom-color: var(--soft); vertical-align: bottom;
 }
 tbody th { font-weight: 500; min-width: 9em; }
 th + th:not([scope=row]), td.number { text-align: right; }
@@ -88,8 +89,9 @@ ol.tiles, ol.captions { list-style: none; margin: 12px 0 0; padding: 0; }
 .query figure img { display: block; width: 100%; border-radius: 6px; outline: 1px solid var(--line);
   outline-offset: -1px; }
 figcaption { font-size: 12px; color: var(--soft); overflow-wrap: anywhere; margin-top: 4px; }
+ol.captions { display: grid; grid-template-columns: max-content minmax(0, 1fr) auto; column-gap: 10px; }
 .captions li {
-  display: grid; grid-template-columns: 34px minmax(0, 1fr) auto; gap: 6px; font-size: 14px; line-height: 1.4;
+  display: grid; grid-column: 1 / -1; grid-template-columns: subgrid; font-size: 14px; line-height: 1.4;
   padding: 4px 0; border-top: 1px solid var(--line);
 }
 .captions li:first-child { border-top: 0; }
