@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -63,7 +64,9 @@ def parse(text: str, kind: Any, key: str) -> Any:
             raise UserError(f"{key}={text}: expected one of {', '.join(map(str, arguments))}.")
         return text
     if origin is tuple:
-        parts = [part.strip() for part in text.strip("()[]").split(",") if part.strip()]
+        # Only a pair around the whole is dropped: a glob may end in a bracket of its own.
+        bare = text[1:-1] if text[:1] + text[-1:] in ("()", "[]") else text
+        parts = [part.strip() for part in bare.split(",") if part.strip()]
         if len(arguments) == 2 and arguments[1] is Ellipsis:
             return tuple(parse(part, arguments[0], key) for part in parts)
         if len(parts) != len(arguments):
@@ -75,9 +78,12 @@ def parse(text: str, kind: Any, key: str) -> Any:
         return text.lower() == "true"
     if kind in (int, float):
         try:
-            return kind(text)
+            value = kind(text)
         except ValueError:
-            raise UserError(f"{key}={text}: expected {'a whole number' if kind is int else 'a number'}.") from None
+            value = math.nan
+        if not math.isfinite(value):
+            raise UserError(f"{key}={text}: expected {'a whole number' if kind is int else 'a number'}.")
+        return value
     return text
 
 

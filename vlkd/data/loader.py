@@ -7,8 +7,7 @@ remainder of an epoch carries over into the next batch.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,12 +19,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from vlkd.data.images import BadImage
-from vlkd.data.sources import Pairs
+from vlkd.data.sources import MAX_BAD_SHARE, Pairs
 from vlkd.data.views import ViewSettings, colors, draws, geometry, view_of
 from vlkd.errors import UserError
 from vlkd.features import Preprocessing
-
-MAX_BAD_SHARE = 0.05
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,8 @@ class Batch:
         captioned: (B,) bool, true where a caption was drawn; T of them are.
         texts: (T,) the drawn captions' numbers among all captions of the table, in the order of their images.
         caption_ids: (T,) equal for equal strings.
-        inputs: per model name its `pixels`, `ids` and `mask`; text rows are T, image rows B.
+        inputs: per model name its `pixels`, `ids` and `mask`; image rows are B, text rows are T, or one blank text where
+            T = 0, so that a rank without captions runs (and gathers) what the others do.
         bad: keys of images that could not be decoded and were left out.
     """
 
@@ -126,6 +124,7 @@ class SampleSequence(Dataset[_Sample]):
         view_seed: of the views themselves, apart from `seed` so that stored teacher views serve many runs.
         view_cycle: after so many epochs the views come round again (as many as are stored); 0 never.
         decoded: images in memory.
+        unusable: rows that are left out like pictures that cannot be decoded, known from an earlier pass.
     """
 
     def __init__(
@@ -138,6 +137,7 @@ class SampleSequence(Dataset[_Sample]):
         view_seed: int = 0,
         view_cycle: int = 0,
         decoded: Decoded | None = None,
+        unusable: Collection[int] = (),
     ) -> None:
         self.pairs = pairs
         self.consumers = dict(consumers)
@@ -146,12 +146,16 @@ class SampleSequence(Dataset[_Sample]):
         self.view_seed = view_seed
         self.view_cycle = view_cycle
         self.decoded = decoded
+        self.unusable = frozenset(unusable)
         self.first_text = np.cumsum([0, *(len(captions) for captions in pairs.captions)])
         self.size_hint = max((max(item.preprocessing.image_size) for item in consumers.values()), default=1) * 2
-        self._order = functools.lru_cache(maxsize=2)(self._draw_order)
+        # A plain attribute, because a sequence with a cached method could not travel to a spawned worker.
+        self._latest: tuple[int, np.ndarray[Any, np.dtype[np.int64]]] | None = None
 
-    def _draw_order(self, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-        return np.random.default_rng([self.seed, epoch]).permutation(len(self.pairs))
+    def _order(self, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        if self._latest is None or self._latest[0] != epoch:
+            self._latest = (epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.pairs)))
+        return self._latest[1]
 
     def row_and_view(self, position: int) -> tuple[int, int]:
         """The table row at a position, and the number of its view."""
@@ -168,6 +172,9 @@ class SampleSequence(Dataset[_Sample]):
         return _Sample(key, row, number, text, caption, self._pixels(row, key, number))
 
     def _pixels(self, row: int, key: str, number: int) -> dict[str, Tensor] | None:
+        """Each model's pixels of a view; None where the picture cannot be used."""
+        if row in self.unusable:
+            return None
         wanting = {name: item for name, item in self.consumers.items() if item.image}
         if not wanting:
             return {}
@@ -192,8 +199,8 @@ class SampleSequence(Dataset[_Sample]):
             part: dict[str, Tensor] = {}
             if item.image and good:
                 part["pixels"] = torch.stack([sample.pixels[name] for sample in good if sample.pixels is not None])
-            if item.text and texts:
-                part |= item.preprocessing.tokenize(texts)
+            if item.text:
+                part |= item.preprocessing.tokenize(texts or [""])
             inputs[name] = part
         number = {text: i for i, text in enumerate(dict.fromkeys(texts))}
         ids = [int(draws(0, text, 0, "id").integers(2**62)) for text in number]

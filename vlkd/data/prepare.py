@@ -5,32 +5,21 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from vlkd.data.images import image_format, open_image
-from vlkd.data.shard_writer import RawSample, is_safe_key, new_folder, write_shards
+from vlkd.data.records import Record, record_keys
+from vlkd.data.shard_writer import RawSample, new_folder, write_shards
 from vlkd.errors import UserError
 
 _VERBATIM = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 BAD_SAMPLES = "bad_samples.jsonl"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Record:
-    """One picture to prepare: its file, its captions, its split, and what else goes to its JSON member."""
-
-    image: Path
-    captions: tuple[str, ...]
-    split: str = "train"
-    extra: Mapping[str, object] = field(default_factory=dict)
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,23 +47,14 @@ def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def resolve_inside(root: Path, relative: str, source: str) -> Path:
-    """`root / relative`; raises `UserError` when that lies outside `root` (by its name: links are the user's own)."""
-    path = os.path.normpath(root.absolute() / relative)
-    if not Path(path).is_relative_to(os.path.normpath(root.absolute())):
-        raise UserError(f"{source}: the picture {relative!r} lies outside {root}; name its folder with --image-root.")
-    return Path(path)
-
-
 def write_records(records: Sequence[Record], args: argparse.Namespace) -> dict[str, Any]:
     """Write one folder of shards per split below `args.out` and return the summary; see `write_splits`.
 
-    Keys are the files' names without extension where all of them are safe and different, else zero-padded numbers.
-    Unreadable pictures are left out and listed in `bad_samples.jsonl`; when there are too many, that list is written
-    beside `args.out`, which is not made.
+    Keys are those of `record_keys`; no picture may be named twice. Unreadable pictures are left out and listed in
+    `bad_samples.jsonl`; when there are too many, that list is written beside `args.out`, which is not made.
 
     Raises:
-        UserError: for no records, a picture named twice, an unsafe split name, or too many unreadable pictures.
+        UserError: for no records, an unsafe split name, or too many unreadable pictures.
     """
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit is {args.limit}; expected at least 1.")
@@ -85,12 +65,8 @@ def write_records(records: Sequence[Record], args: argparse.Namespace) -> dict[s
     total = sum(map(len, chosen.values()))
     if not total:
         raise UserError("The data set is empty: no picture to prepare; check the file.")
-    repeated = [path for path, count in Counter(record.image for record in records).items() if count > 1]
-    if repeated:
-        raise UserError(
-            f"{len(repeated)} pictures are named more than once, first {repeated[0]}; give all captions together."
-        )
-    keys = _keys([record.image for members in chosen.values() for record in members])
+    images = [record.image for members in chosen.values() for record in members]
+    keys = dict(zip(images, record_keys(images), strict=True))
     bad: list[dict[str, str]] = []
 
     def samples(members: Sequence[Record]) -> Iterator[RawSample]:
@@ -172,13 +148,6 @@ def print_summary(summary: Mapping[str, Any], *, as_json: bool) -> None:
         print(f"{split}: " + ", ".join(f"{value} {name}" for name, value in counts.items()))
     if summary["bad"]:
         print(f"{summary['bad']} unreadable pictures are listed in {Path(summary['out']) / BAD_SAMPLES}")
-
-
-def _keys(images: Sequence[Path]) -> dict[Path, str]:
-    stems = [image.stem for image in images]
-    if len(set(stems)) == len(stems) and all(is_safe_key(stem) for stem in stems):
-        return dict(zip(images, stems, strict=True))
-    return {image: f"{index:08d}" for index, image in enumerate(images)}
 
 
 def _encoded(image: Image.Image, kind: str, **options: Any) -> bytes:  # noqa: ANN401 (Pillow's own options)

@@ -11,11 +11,13 @@ from pathlib import Path
 from PIL.Image import Image
 
 from vlkd.data.images import open_image
-from vlkd.data.records import Record, read_captions_file, read_karpathy
+from vlkd.data.records import Record, read_captions_file, read_karpathy, record_keys
 from vlkd.data.shards import index_shard, read_captions, read_member
 from vlkd.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+MAX_BAD_SHARE = 0.05
+"""Above this share of pictures that are missing or cannot be decoded, the data are refused."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,13 @@ class ImageFile:
         """The bytes; raises `UserError` when the file is gone or shorter than it was."""
         try:
             return self.path.read_bytes() if self.size < 0 else read_member(self.path, self.offset, self.size)
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be read ({error.strerror}); restore it or leave it out.") from None
+
+    def length(self) -> int:
+        """The number of bytes; raises `UserError` when the file is gone."""
+        try:
+            return self.path.stat().st_size if self.size < 0 else self.size
         except OSError as error:
             raise UserError(f"{self.path} cannot be read ({error.strerror}); restore it or leave it out.") from None
 
@@ -65,8 +74,7 @@ class Pairs:
         """A hash of keys, captions and the images' places and sizes."""
         state = hashlib.sha256()
         for key, captions, file in zip(self.keys, self.captions, self.files, strict=True):
-            size = file.size if file.size >= 0 else file.path.stat().st_size
-            state.update(repr((key, captions, file.path.name, file.offset, size)).encode())
+            state.update(repr((key, captions, file.path.name, file.offset, file.length())).encode())
         return state.hexdigest()[:16]
 
 
@@ -119,16 +127,18 @@ def _open(place: str, split: str, ref: str) -> Pairs:
         return _from_shards(shards) if shards else _from_image_folder(path)
     if not path.exists():
         shards = sorted(Path(found) for found in glob(place))
-        if shards:
+        if shards and not split:
             return _from_shards(shards)
         raise UserError(f"There is nothing at {ref}; give shards, a captions file, a Karpathy JSON or an image folder.")
-    if path.suffix == ".tar":
+    if path.suffix == ".tar" and not split:
         return _from_shards([path])
     if path.suffix == ".json":
-        return _from_records(read_karpathy(path), split)
-    if path.suffix in (".jsonl", ".csv", ".tsv"):
-        return _from_records(read_captions_file(path), split)
-    raise UserError(f"{ref} is no known data file; expected .tar, .jsonl, .csv, a Karpathy .json or a folder.")
+        return _from_records(read_karpathy(path), split, path)
+    if path.suffix in (".jsonl", ".ndjson", ".csv", ".tsv"):
+        return _from_records(read_captions_file(path), split, path)
+    raise UserError(
+        f"{ref} is no known data file; expected .tar (without #SPLIT), .jsonl, .csv, a Karpathy .json or a folder."
+    )
 
 
 def _from_shards(shards: Sequence[Path]) -> Pairs:
@@ -149,18 +159,33 @@ def _from_shards(shards: Sequence[Path]) -> Pairs:
 
 def _from_image_folder(folder: Path) -> Pairs:
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    splits = sorted({shard.parent.name for shard in folder.glob("*/*.tar")})
+    if splits and not paths:
+        raise UserError(f"{folder} holds the splits {', '.join(splits)}; name one, for instance {folder}#{splits[0]}.")
     keys = [path.relative_to(folder).as_posix() for path in paths]
     return Pairs(keys, [()] * len(paths), [ImageFile(path) for path in paths])
 
 
-def _from_records(records: Sequence[Record], split: str) -> Pairs:
-    chosen = [record for record in records if not split or record.split == split]
+def _from_records(records: Sequence[Record], split: str, source: Path) -> Pairs:
+    """Those of one split; keys are numbered over all splits, so that a split read alone has the same ones."""
+    keyed = zip(record_keys([record.image for record in records]), records, strict=True)
+    chosen = [(key, record) for key, record in keyed if not split or record.split == split]
     if split and not chosen:
         known = ", ".join(sorted({record.split for record in records}))
-        raise UserError(f"No record has the split {split!r}; there are {known}.")
-    keys = [record.key for record in chosen]
-    _check_keys(keys)
-    return Pairs(keys, [record.captions for record in chosen], [ImageFile(record.image) for record in chosen])
+        raise UserError(f"{source} has no record of the split {split!r}; it has {known or 'none'}.")
+    present = [(key, record) for key, record in chosen if record.image.is_file()]
+    missing = [str(record.image) for _, record in chosen if not record.image.is_file()]
+    if len(missing) > max(1, MAX_BAD_SHARE * len(chosen)):
+        raise UserError(
+            f"{len(missing)} of {len(chosen)} pictures of {source} are missing, first {missing[0]}; paths are relative "
+            "to that file: put it beside them, or use `vlkd prep` with --image-root."
+        )
+    return Pairs(
+        [key for key, _ in present],
+        [record.captions for _, record in present],
+        [ImageFile(record.image) for _, record in present],
+        tuple(f"missing: {path}" for path in missing),
+    )
 
 
 def _check_keys(keys: Sequence[str]) -> None:

@@ -20,7 +20,8 @@ class ViewSettings:
 
     Args:
         crop_scale: the crop's share of the picture's area, lowest and highest; (1, 1) keeps the whole picture.
-        crop_ratio: the crop's width over height relative to the picture's, lowest and highest.
+        crop_ratio: the crop's width over height relative to the picture's, lowest and highest; a crop of the drawn area
+            that would be longer than the picture is as long as the picture.
         flip: probability of a mirrored view; 0 where left and right carry meaning.
         color: largest change of brightness, contrast and saturation, as a fraction; for the student alone.
     """
@@ -54,7 +55,8 @@ def view_of(settings: ViewSettings, seed: int, key: str, number: int) -> View:
     uniform = draws(seed, key, number, "view").random(8)
     area = settings.crop_scale[0] + uniform[0] * (settings.crop_scale[1] - settings.crop_scale[0])
     low, high = (math.log(ratio) for ratio in settings.crop_ratio)
-    ratio = math.exp(low + uniform[1] * (high - low))
+    # Beyond these bounds a side would leave the picture, and cutting it would make the area smaller than drawn.
+    ratio = math.exp(min(max(low + uniform[1] * (high - low), math.log(area)), -math.log(area)))
     width, height = min(1.0, math.sqrt(area * ratio)), min(1.0, math.sqrt(area / ratio))
     left, top = uniform[2] * (1 - width), uniform[3] * (1 - height)
     factors = 1 + settings.color * (2 * uniform[5:8] - 1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vlkd.data.loader import Batch
-from vlkd.distill.teachers import StoredTeacher, Teacher
+from vlkd.distill.teachers import StoredTeacher, Teacher, trim_texts
 from vlkd.distill.term import Term, wanted
 from vlkd.errors import UserError
 from vlkd.features import check_features
@@ -64,10 +64,10 @@ class Distiller(nn.Module):
         """The raw loss of each term, (); a term without any captioned sample in the batch is left out."""
         captioned = self.gather(batch.captioned)
         match = self._match(batch) if any(term.match for term in self.terms) else None
-        known = {f"student.{name}": value for name, value in self._student_features(batch).items()}
+        known = {f"student.{name}": value for name, value in self._gathered(self._student_features(batch)).items()}
         for name, teacher in self.teachers.items():
-            for feature, value in teacher.targets(batch, self.wanted_of_teachers[name]).items():
-                known[f"{name}.{feature}"] = self._gathered(value)
+            targets = self._gathered(teacher.targets(batch, self.wanted_of_teachers[name]))
+            known |= {f"{name}.{feature}": value for feature, value in targets.items()}
         losses: dict[str, Tensor] = {}
         for term in self.terms:
             if term.needs_caption and not captioned.any():
@@ -86,18 +86,19 @@ class Distiller(nn.Module):
         return torch.stack(parts).sum()
 
     def _student_features(self, batch: Batch) -> dict[str, Tensor]:
-        want = {name for name in self.wanted_of_student if len(batch.texts) or not name.startswith("text.")}
+        want = self.wanted_of_student
         if self.towers is None:
-            found = self.student.encode(batch.inputs["student"], want)
-        else:
-            assert isinstance(self.student, CompositeModel)
-            pooled = {name.replace("embed", "pooled") for name in want if name.endswith("embed")}
-            found = self.student.project(self.towers.targets(batch, pooled))
-            found |= self.student.scale_features()
-        return {name: self._gathered(found[name].float()) for name in want}
+            return trim_texts(self.student.encode(batch.inputs["student"], want), batch)
+        assert isinstance(self.student, CompositeModel)
+        pooled = self.towers.targets(batch, {name.replace("embed", "pooled") for name in want if "." in name})
+        found = pooled | self.student.project(pooled) | self.student.scale_features()
+        return {name: found[name].float() for name in want}
 
-    def _gathered(self, value: Tensor) -> Tensor:
-        return self.gather(value) if value.dim() else value
+    def _gathered(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Rows of all ranks; sorted, because sets of strings have another order in each process."""
+        return {
+            name: self.gather(features[name]) if features[name].dim() else features[name] for name in sorted(features)
+        }
 
     def _match(self, batch: Batch) -> Tensor:
         rows = self.gather(batch.rows.to(batch.captioned.device)[batch.captioned])
@@ -123,3 +124,5 @@ def check_terms(terms: Sequence[Term], student: DualEncoderModule, teachers: Map
         if term.teacher and term.teacher not in teachers:
             raise UserError(f"Term {term.name!r} names the teacher {term.teacher!r}; there are {', '.join(teachers)}.")
     check_features(wanted(terms, "student"), student.provides, student.name)
+    for name, teacher in teachers.items():
+        check_features(wanted(terms, "teacher", name), teacher.provides, f"Teacher {name}")

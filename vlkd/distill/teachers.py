@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -29,6 +29,8 @@ class Teacher(Protocol):
 
     name: str
     width: int
+    provides: frozenset[str]
+    """The features it can give."""
     preprocessing: Preprocessing | None
     """What must be prepared for it in the loader; None where nothing is."""
 
@@ -46,14 +48,14 @@ class OnlineTeacher:
     def __init__(self, name: str, model: DualEncoderModule) -> None:
         self.name = name
         self.width = model.width
+        self.provides = model.provides
         self.preprocessing: Preprocessing | None = model.preprocessing
         self.model: DualEncoder = model.eval().requires_grad_(False)
 
     @torch.no_grad()
     def targets(self, batch: Batch, want: Collection[str]) -> dict[str, Tensor]:
-        """The model's features of the batch; no text feature where no sample has a caption."""
-        known = [name for name in want if len(batch.texts) or not name.startswith("text.")]
-        return {name: value.float() for name, value in self.model.encode(batch.inputs[self.name], known).items()}
+        """The model's features of the batch."""
+        return trim_texts(self.model.encode(batch.inputs[self.name], want), batch)
 
 
 class StoredTeacher:
@@ -71,6 +73,7 @@ class StoredTeacher:
         self.name = name
         self.width = width
         self.tables = dict(tables)
+        self.provides = frozenset(tables)
 
     def targets(self, batch: Batch, want: Collection[str]) -> dict[str, Tensor]:
         """Rows of the tables, on the batch's device."""
@@ -86,6 +89,23 @@ class StoredTeacher:
         return found
 
 
+    def unreadable_rows(self) -> list[int]:
+        """Rows of images that could not be decoded: their image features are zeros."""
+        images = [table[0] for name, table in self.tables.items() if name.startswith("image.")]
+        if not images:
+            return []
+        empty = torch.stack([image.eq(0).flatten(1).all(dim=1) for image in images]).all(dim=0)
+        return [int(row) for row in empty.nonzero()]
+
+
+def trim_texts(features: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+    """Features in float32, text features without the row of the blank text that stands in for no caption at all."""
+    return {
+        name: value.float()[: len(batch.texts)] if name.startswith("text.") else value.float()
+        for name, value in features.items()
+    }
+
+
 def model_fingerprint(model: DualEncoderModule) -> str:
     """A hash of all weights and of the preprocessing."""
     state = hashlib.sha256(repr((model.preprocessing.image_size, model.preprocessing.context_length)).encode())
@@ -93,7 +113,7 @@ def model_fingerprint(model: DualEncoderModule) -> str:
     state.update(repr(settings).encode())
     for name, value in sorted(model.state_dict().items()):
         state.update(name.encode())
-        state.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if value.dim() else b"")
+        state.update(value.detach().cpu().clone(memory_format=torch.contiguous_format).numpy().tobytes())
     return state.hexdigest()[:16]
 
 
@@ -114,11 +134,22 @@ def stored_teacher(
     """Run a model once over K views of every image and over every caption, or read what an earlier call stored.
 
     The file's name holds a hash of the model's weights, the data, the views and the precision, so that a stale or foreign
-    one is never found. Text features come from the un-augmented captions; a picture that cannot be decoded leaves
+    one is never found; a drawn view is part of it, so that features of views drawn in another way are stale, too. Text features come from the un-augmented captions; a picture that cannot be decoded leaves
     zeros, and no batch will hold it.
     """
     fingerprint = hashlib.sha256(
-        repr((model_fingerprint(model), pairs.fingerprint(), settings, view_seed, views, sorted(want), precision)).encode()
+        repr(
+            (
+                model_fingerprint(model),
+                pairs.fingerprint(),
+                settings,
+                [view_of(settings, view_seed, "", number) for number in range(16)],
+                view_seed,
+                views,
+                sorted(want),
+                precision,
+            )
+        ).encode()
     ).hexdigest()[:20]
     path = folder / f"{name}-{fingerprint}.safetensors"
     if not path.is_file():
@@ -177,42 +208,56 @@ def compute_tables(
     """The tables of `StoredTeacher`, float32.
 
     Raises:
-        UserError: a feature is not finite or an image's features have no length.
+        UserError: a feature is not finite.
     """
-    image_names = [feature for feature in want if feature.startswith("image.")]
-    text_names = [feature for feature in want if feature.startswith("text.")]
     tables: dict[str, Tensor] = {}
-    device = model.device
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16")
     with torch.no_grad(), evaluating(model), autocast:
         scalars = [feature for feature in want if feature.startswith("logit_")]
         tables |= {key: value.float().cpu().clone() for key, value in model.encode({}, scalars).items()}
-        if image_names:
-            loader = DataLoader(
-                _Views(pairs, model.preprocessing, views, settings, view_seed), batch_size=batch_size, num_workers=workers
-            )
-            bar = tqdm(total=views * len(pairs), desc=f"{name}: images x {views} views", unit="view")
-            for rows, pixels in loader:
-                for key, value in model.encode({"pixels": pixels.to(device)}, image_names).items():
-                    table = tables.setdefault(key, torch.zeros(views * len(pairs), *value.shape[1:]))
-                    table[rows[rows >= 0]] = value.float().cpu()[rows >= 0]
-                bar.update(len(rows))
-            bar.close()
-        texts = pairs.texts()
-        if text_names and texts:
-            unique = list(dict.fromkeys(texts))
-            number = {text: i for i, text in enumerate(unique)}
-            parts: dict[str, list[Tensor]] = {key: [] for key in text_names}
-            for start in tqdm(range(0, len(unique), 256), desc=f"{name}: captions", unit="batch"):
-                tokens = model.preprocessing.tokenize(unique[start : start + 256])
-                found = model.encode({key: value.to(device) for key, value in tokens.items()}, text_names)
-                for key, value in found.items():
-                    parts[key].append(value.float().cpu())
-            order = [number[text] for text in texts]
-            tables |= {key: torch.cat(value)[order].contiguous() for key, value in parts.items()}
-    for key in image_names:
-        tables[key] = tables[key].unflatten(0, (views, len(pairs)))
+        if image_names := [feature for feature in want if feature.startswith("image.")]:
+            dataset = _Views(pairs, model.preprocessing, views, settings, view_seed)
+            loader = DataLoader(dataset, batch_size=batch_size, num_workers=workers)
+            tables |= _image_tables(name, model, loader, image_names, views, len(pairs))
+        if text_names := [feature for feature in want if feature.startswith("text.")]:
+            tables |= _text_tables(name, model, pairs.texts(), text_names)
     for key, value in tables.items():
         if not value.isfinite().all():
             raise UserError(f"Teacher {name}: found {key} that is not finite; check its weights with `vlkd doctor`.")
     return tables
+
+
+def _image_tables(
+    name: str,
+    model: DualEncoderModule,
+    loader: DataLoader[tuple[int, Tensor]],
+    features: Collection[str],
+    views: int,
+    images: int,
+) -> dict[str, Tensor]:
+    """Image features (K, N, ...) of all views."""
+    tables: dict[str, Tensor] = {}
+    with tqdm(total=views * images, desc=f"{name}: images x {views} views", unit="view") as bar:
+        for rows, pixels in loader:
+            for key, value in model.encode({"pixels": pixels.to(model.device)}, features).items():
+                table = tables.setdefault(key, torch.zeros(views * images, *value.shape[1:]))
+                table[rows[rows >= 0]] = value.float().cpu()[rows >= 0]
+            bar.update(len(rows))
+    return {key: table.view(views, images, *table.shape[1:]) for key, table in tables.items()}
+
+
+def _text_tables(
+    name: str, model: DualEncoderModule, texts: Sequence[str], features: Collection[str]
+) -> dict[str, Tensor]:
+    """Text features (T, ...) of all captions, each different one encoded once."""
+    # Without any caption a blank text still tells the width, and no row is kept of it.
+    unique = list(dict.fromkeys(texts)) or [""]
+    number = {text: i for i, text in enumerate(unique)}
+    parts: dict[str, list[Tensor]] = {key: [] for key in features}
+    for start in tqdm(range(0, len(unique), 256), desc=f"{name}: captions", unit="batch"):
+        tokens = model.preprocessing.tokenize(unique[start : start + 256])
+        found = model.encode({key: value.to(model.device) for key, value in tokens.items()}, features)
+        for key, value in found.items():
+            parts[key].append(value.float().cpu())
+    order = torch.tensor([number[text] for text in texts], dtype=torch.int64)
+    return {key: torch.cat(value)[order].contiguous() for key, value in parts.items()}

@@ -41,6 +41,8 @@ class Term:
                 raise UserError(f"Term {self.name!r}: {feature!r} must begin with one of {', '.join(SOURCES)}.")
             if source != "student" and not self.teacher:
                 raise UserError(f"Term {self.name!r} reads {feature!r} but names no teacher.")
+            if source == "projected" and not feature.endswith(".embed"):
+                raise UserError(f"Term {self.name!r} projects {feature!r}; heads exist for image.embed and text.embed.")
 
     @property
     def needs_caption(self) -> bool:

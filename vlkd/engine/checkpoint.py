@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -73,7 +74,7 @@ def load_checkpoint(
         tensors = load_file(str(path / "optimizer.safetensors"))
         optimizer.load_state_dict(join_optimizer(tensors, state["optimizer"]))
         torch.set_rng_state(load_file(str(path / "rng-0.safetensors"))["torch"])
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
+    except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
         line = str(error).splitlines()[0]
         raise UserError(f"The checkpoint {path} cannot be used ({line}); remove that folder to fall back.") from error
     return state

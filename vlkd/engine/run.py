@@ -126,7 +126,7 @@ def report_data(pairs: Pairs) -> None:
 def build_student(config: Run, pairs: Pairs, folder: Path) -> DualEncoderModule:
     """The student: from a folder, or built, with a tokenizer trained on the captions where it needs one."""
     if config.student.start:
-        return load_composite(config.student.start)
+        return load_composite(config.student.start).to(memory_format=torch.channels_last)
     tokenizer = None
     if config.model.text == "compact" and not config.model.tokenizer:
         tokenizer = train_tokenizer(dict.fromkeys(pairs.texts()), vocab_size=config.student.vocab_size)
@@ -135,6 +135,8 @@ def build_student(config: Run, pairs: Pairs, folder: Path) -> DualEncoderModule:
         model.image_tower.requires_grad_(False)
         if model.text_tower is not None:
             model.text_tower.requires_grad_(False)
+    # Convolutions on the CPU under bf16 are about twice as fast in this layout, and no slower elsewhere.
+    model.to(memory_format=torch.channels_last)
     counts = model.parameter_counts()
     print(f"student: {counts['image'] / 1e6:.2f} M image and {counts['text'] / 1e6:.2f} M text parameters", flush=True)
     return model
@@ -146,6 +148,7 @@ def prepare_teachers(config: Run, terms: Sequence[Term], pairs: Pairs, accelerat
     sources: dict[str, Teacher] = {}
     for name, ref in zip(config.teacher_names, config.teachers.refs, strict=True):
         model = load(ref, device=accelerator.device)
+        model.to(memory_format=torch.channels_last)
         check_teacher(name, model, pairs)
         models[name] = model
         if not config.teachers.views:

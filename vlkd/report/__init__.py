@@ -3,7 +3,7 @@
 A page needs no network, no script and no font of its own. All text is escaped: captions come from anywhere.
 """
 
-from vlkd.report.gallery import Gallery, ImageQuery, RankedImage, RankedText, TextQuery
+from vlkd.report.gallery import FoundImage, Gallery, ImageQuery, RankedImage, RankedText, SearchQuery, TextQuery
 from vlkd.report.page import Report
 from vlkd.report.plots import Bar, bar_plot, line_plot
 from vlkd.report.run import read_metrics, write_run_report
@@ -13,11 +13,13 @@ __all__ = [
     "Bar",
     "Estimate",
     "Figure",
+    "FoundImage",
     "Gallery",
     "ImageQuery",
     "RankedImage",
     "RankedText",
     "Report",
+    "SearchQuery",
     "Table",
     "TextQuery",
     "bar_plot",

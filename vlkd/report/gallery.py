@@ -79,18 +79,44 @@ class ImageQuery:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FoundImage:
+    """An image that a search found; nothing is known about whether it is right."""
+
+    image: Image
+    score: float
+    label: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchQuery:
+    """A text that was searched for, or an image and its name, and the images found, best first."""
+
+    text: str
+    found: Sequence[FoundImage]
+    image: Image | None = None
+
+
+GalleryItem = TextQuery | ImageQuery | SearchQuery
+
+
+@dataclass(frozen=True, kw_only=True)
 class Gallery:
     """Queries under one heading: the best, the worst, ten sentences."""
 
     title: str
-    items: Sequence[TextQuery | ImageQuery]
+    items: Sequence[GalleryItem]
     note: str = ""
 
 
-def gallery_markup(items: Sequence[TextQuery | ImageQuery]) -> Markup:
+def gallery_markup(items: Sequence[GalleryItem]) -> Markup:
     """The items as cards side by side."""
-    cards = [_text_query(item) if isinstance(item, TextQuery) else _image_query(item) for item in items]
-    return Markup(f'<div class="gallery">{join(cards)}</div>')
+    return Markup(f'<div class="gallery">{join([_card(item) for item in items])}</div>')
+
+
+def _card(item: GalleryItem) -> Markup:
+    if isinstance(item, SearchQuery):
+        return _search_query(item)
+    return _text_query(item) if isinstance(item, TextQuery) else _image_query(item)
 
 
 def thumbnail(image: Image) -> str:
@@ -109,6 +135,25 @@ def _text_query(query: TextQuery) -> Markup:
     return Markup(
         f'<article class="query"><header><q dir="auto">{escape(query.text)}</q>{_chip(query.rank, query.gallery_size)}'
         f'</header><ol class="tiles" style="--tiles:{max(len(tiles), 5)}">{join(tiles)}</ol></article>'
+    )
+
+
+def _search_query(query: SearchQuery) -> Markup:
+    tiles = [
+        Markup(
+            f"<li>{_picture(found.image, found.label or f'found at rank {place}')}"
+            f'<span class="place"><b>{place}</b> <span>{found.score:.3f}</span></span>'
+            f'<span class="label">{escape(found.label)}</span></li>'
+        )
+        for place, found in enumerate(query.found, start=1)
+    ]
+    if query.image is not None:
+        tiles.insert(
+            0, Markup(f'<li>{_picture(query.image, "query image")}<span class="place"><b>query</b></span></li>')
+        )
+    return Markup(
+        f'<article class="query"><header><q dir="auto">{escape(query.text)}</q></header>'
+        f'<ol class="tiles" style="--tiles:{max(len(tiles), 5)}">{join(tiles)}</ol></article>'
     )
 
 

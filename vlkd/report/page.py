@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vlkd.errors import UserError
-from vlkd.report.gallery import ImageQuery, TextQuery, gallery_markup
+from vlkd.report.gallery import GalleryItem, gallery_markup
 from vlkd.report.markup import Markup, escape, join
 from vlkd.report.style import STYLE
 from vlkd.report.table import Figure, Table, figures_markup, table_markup
@@ -57,7 +57,7 @@ class Report:
         """Plots made by `line_plot` or `bar_plot`, side by side where there is room."""
         self._add(f'<div class="plots">{join(list(plots))}</div>')
 
-    def gallery(self, items: Sequence[TextQuery | ImageQuery]) -> None:
+    def gallery(self, items: Sequence[GalleryItem]) -> None:
         """Queries and what they found."""
         self._add(gallery_markup(items))
 

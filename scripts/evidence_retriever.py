@@ -1,0 +1,154 @@
+"""The retriever's evidence: one student, with and without teachers, on real data, several seeds, one table.
+
+    python scripts/evidence_retriever.py coco --data DATA --teachers runs/lite0/student,runs/lite2/student --out runs/evidence
+    python scripts/evidence_retriever.py emoji --data DATA --teachers runs/emoji0/student,runs/emoji2/student --seeds 5
+
+DATA holds shards per split (train, val, test) as `vlkd prep` writes them. Every variant sees the same number of student
+samples; recipes were chosen on val (`--tune` prints the trials). Finished runs are kept, so the same command continues.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from vlkd.metrics import bootstrap_means, interval
+
+STUDENT = [
+    "model.image=resnet10t",
+    'model.image_kwargs={"channels":[32,64,128,216]}',
+    "model.image_size=64",
+    "model.text_width=192",
+    "model.text_layers=2",
+    "model.context_length=20",
+    "model.width=256",
+    "train.batch_size=128",
+    "train.precision=bf16",
+    "teachers.views=4",
+]
+DATASETS = {
+    "coco": ["train.samples=40000", "data.keep_short_side=96"],
+    "emoji": ["train.samples=40000", "data.keep_short_side=64"],
+}
+VARIANTS: dict[str, tuple[int, list[str]]] = {
+    "alone": (0, []),
+    "matching, one teacher": (1, ["method.matching=4", "method.contrastive=0"]),
+    "relational KL, one teacher": (1, ["method.relational=1"]),
+    "best mix, one teacher": (1, ["method.matching=4", "method.relational=1"]),
+    "best mix, two teachers": (2, ["method.matching=4", "method.relational=1"]),
+}
+TRIALS: dict[str, tuple[int, list[list[str]]]] = {}
+
+
+def main() -> None:
+    """Run what is missing, then print and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", choices=DATASETS)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--unlabelled", default="", help="a further source without captions")
+    parser.add_argument("--teachers", required=True, help="references, the better on val first, separated by commas")
+    parser.add_argument("--out", type=Path, default=Path("runs/evidence"))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--tune", action="store_true", help="run the trials on val instead, one seed")
+    args = parser.parse_args()
+    if args.tune:
+        tune(args)
+        return
+    jobs = [(name, seed) for seed in range(args.seeds) for name in VARIANTS]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        folders = list(pool.map(lambda job: run(args, *VARIANTS[job[0]], folder_of(args, *job), job[1], test=True), jobs))
+    rows: dict[str, list[dict]] = {}
+    teachers: dict[str, dict] = {}
+    for (name, _), folder in zip(jobs, folders, strict=True):
+        for row in map(json.loads, (folder / "results.jsonl").read_text().splitlines()):
+            if row["role"] == "student":
+                rows.setdefault(name, []).append(row)
+            elif row["role"] == "teacher":
+                teachers[row["name"]] = row
+    print_table(rows, teachers)
+
+
+def folder_of(args: argparse.Namespace, name: str, seed: int) -> Path:
+    """Where a run lies."""
+    return args.out / args.dataset / f"{name.replace(', ', '-').replace(' ', '_')}-{seed}"
+
+
+def run(args: argparse.Namespace, teachers: int, changes: list[str], out: Path, seed: int, *, test: bool) -> Path:
+    """One training run in a process of its own, on one thread."""
+    if (out / "results.jsonl").is_file():
+        return out
+    refs = args.teachers.split(",")[:teachers]
+    train = f"{args.data}/train" + (f",{args.unlabelled}" if teachers and args.unlabelled else "")
+    command = [sys.executable, "-m", "vlkd.cli.main", "train", "retriever", *STUDENT, *DATASETS[args.dataset], *changes]
+    command += [f"data.train={train}", f"data.val={args.data}/val", f"seed={seed}", f"out={out}"]
+    command += [f"data.test={args.data}/test"] if test else []
+    command += [f"teachers.refs={','.join(refs)}"] if refs else []
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.with_name(out.name + ".log").open("w") as log:
+        subprocess.run(["env", "OMP_NUM_THREADS=1", *command], check=True, stdout=log, stderr=subprocess.STDOUT)
+    print(f"done: {out}", flush=True)
+    return out
+
+
+def tune(args: argparse.Namespace) -> None:
+    """Equal numbers of trials per variant, one seed, figures on val."""
+    jobs = [(name, i) for name, (_, trials) in TRIALS.items() for i in range(len(trials))]
+
+    def one(job: tuple[str, int]) -> tuple[str, list[str], dict]:
+        name, i = job
+        teachers, trials = TRIALS[name]
+        out = args.out / f"{args.dataset}-tune" / f"{name}-{i}"
+        row = json.loads((run(args, teachers, trials[i], out, 0, test=False) / "results.jsonl").read_text().splitlines()[0])
+        return name, trials[i], row
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for name, changes, row in pool.map(one, jobs):
+            words = " ".join(changes)
+            print(f"{name:<10} {words:<90} {100 * row['mean_hit@1']:5.1f} {100 * row['mean_hit@10']:5.1f}", flush=True)
+
+
+def print_table(rows: dict[str, list[dict]], teachers: dict[str, dict]) -> None:
+    """Markdown: mean over seeds, interval from a bootstrap over images (paired: the same draws for all), spread, cost."""
+    print("| model | hit@1 | hit@10 | seeds' standard deviation of hit@1 | minutes |\n|---|---|---|---|---|")
+    for name, row in teachers.items():
+        print(f"| teacher {Path(name).name} | {cell([row], 1)} | {cell([row], 10)} | | |")
+    for name, found in rows.items():
+        spread = 100 * float(np.std([row["mean_hit@1"] for row in found], ddof=1)) if len(found) > 1 else float("nan")
+        minutes = np.mean([row["seconds"] for row in found]) / 60
+        print(f"| {name} | {cell(found, 1)} | {cell(found, 10)} | {spread:.1f} | {minutes:.1f} |")
+    base = rows["alone"]
+    for k in (1, 10):
+        for name, found in rows.items():
+            if name != "alone":
+                ratio, low, high = ratio_of(found, base, k)
+                print(f"{name} / alone, hit@{k}: {ratio:.2f} [{low:.2f}, {high:.2f}]")
+
+
+def per_image(found: list[dict], k: int) -> np.ndarray:
+    """Per image the mean over seeds of its hits, (I,)."""
+    return np.mean([row[f"per_image_hit@{k}"] for row in found], axis=0)
+
+
+def cell(found: list[dict], k: int) -> str:
+    """Mean [95 % interval], percent."""
+    values = per_image(found, k)
+    low, high = interval(bootstrap_means(values, seed=0))
+    return f"{100 * values.mean():.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def ratio_of(found: list[dict], base: list[dict], k: int) -> tuple[float, float, float]:
+    """Ratio of means with its interval from the same draws of images."""
+    ours, theirs = per_image(found, k), per_image(base, k)
+    draws = bootstrap_means(ours, seed=0) / bootstrap_means(theirs, seed=0)
+    return float(ours.mean() / theirs.mean()), *interval(draws)
+
+
+if __name__ == "__main__":
+    main()
