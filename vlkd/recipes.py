@@ -18,7 +18,11 @@ _PACKAGE = Path(__file__).resolve().parent
 def folder(kind: str) -> Path:
     """The checkout's folder if vlkd runs from one, else the copy inside the installed package."""
     checkout = _PACKAGE.parent / kind
-    return checkout if checkout.is_dir() and (_PACKAGE.parent / "pyproject.toml").is_file() else _PACKAGE / "_shipped" / kind
+    return (
+        checkout
+        if checkout.is_dir() and (_PACKAGE.parent / "pyproject.toml").is_file()
+        else _PACKAGE / "_shipped" / kind
+    )
 
 
 def names(kind: str) -> list[str]:

@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -111,8 +112,7 @@ def torchvision_operators() -> str:
 
     if find_spec("torchvision") is None:
         return "not installed"
-    import torchvision  # noqa: F401
-
+    import_module("torchvision")
     boxes, scores = torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.ones(1)
     try:
         torch.ops.torchvision.nms(boxes, scores, 0.5)
@@ -172,7 +172,8 @@ def model_facts(ref: str, pairs: Pairs | None) -> dict[str, str]:
             f"mean cosine {report.matched:.3f} of {report.pairs} pairs, {report.mismatched:.3f} of others, "
             f"z = {report.z:.1f}"
         )
-        facts |= {"warning": warning for warning in report.warnings}
+        if report.warnings:
+            facts["warning"] = " ".join(report.warnings)
     return facts
 
 

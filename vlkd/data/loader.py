@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
+from vlkd.data.decoded import Decoded
 from vlkd.data.images import BadImage
 from vlkd.data.sources import MAX_BAD_SHARE, Pairs
 from vlkd.data.views import ViewSettings, colors, draws, geometry, view_of
@@ -79,38 +78,6 @@ class _Sample:
     text: int
     caption: str
     pixels: dict[str, Tensor] | None
-
-
-class Decoded:
-    """Decoded images held in memory at a small size, so that later epochs pay no decoder.
-
-    Args:
-        pairs: the table.
-        short_side: pixels to which larger images are reduced.
-    """
-
-    def __init__(self, pairs: Pairs, short_side: int) -> None:
-        self.arrays: list[np.ndarray[Any, np.dtype[np.uint8]] | None] = []
-        for i in tqdm(range(len(pairs)), desc="decoding", unit="image"):
-            try:
-                self.arrays.append(np.asarray(shrink(pairs.image(i, size_hint=short_side), short_side)))
-            except BadImage:
-                self.arrays.append(None)
-
-    def image(self, i: int) -> Image.Image:
-        """Image `i` as RGB; raises `BadImage` where it could not be decoded."""
-        array = self.arrays[i]
-        if array is None:
-            raise BadImage("the picture could not be decoded.")
-        return Image.fromarray(array)
-
-
-def shrink(image: Image.Image, short_side: int) -> Image.Image:
-    """Reduced so that its short side is `short_side`; a smaller image stays as it is."""
-    scale = short_side / min(image.size)
-    if scale >= 1:
-        return image
-    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
 
 
 class SampleSequence(Dataset[_Sample]):
@@ -282,6 +249,9 @@ class BatchStream:
             collate_fn=self.sequence.collate,
             num_workers=self.workers,
             prefetch_factor=4 if self.workers else None,
+            # Otherwise each iterator draws a seed from torch's global generator, which after a resume would be one draw
+            # ahead of an uninterrupted run's: dropout would differ.
+            generator=torch.Generator(),
         )
         for batch in loader:
             self.position += self.batch_size

@@ -117,7 +117,9 @@ def check_terms(terms: Sequence[Term], student: DualEncoderModule, teachers: Map
     """Raise `UserError` unless names are unique, teachers exist, and student and teachers have what is asked for."""
     names = [term.name for term in terms]
     if not terms or len(set(names)) < len(names):
-        raise UserError(f"Found the terms {names}, expected at least one and no name twice; check `terms` of the recipe.")
+        raise UserError(
+            f"Found the terms {names}, expected at least one and no name twice; check `terms` of the recipe."
+        )
     for term in terms:
         if not term.weight >= 0:
             raise UserError(f"Term {term.name!r} has the weight {term.weight}, expected 0 or more.")

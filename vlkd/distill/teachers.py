@@ -88,7 +88,6 @@ class StoredTeacher:
             found[name] = table.float().to(device)
         return found
 
-
     def unreadable_rows(self) -> list[int]:
         """Rows of images that could not be decoded: their image features are zeros."""
         images = [table[0] for name, table in self.tables.items() if name.startswith("image.")]
@@ -113,7 +112,7 @@ def model_fingerprint(model: DualEncoderModule) -> str:
     state.update(repr(settings).encode())
     for name, value in sorted(model.state_dict().items()):
         state.update(name.encode())
-        state.update(value.detach().cpu().clone(memory_format=torch.contiguous_format).numpy().tobytes())
+        state.update(value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return state.hexdigest()[:16]
 
 
@@ -134,8 +133,9 @@ def stored_teacher(
     """Run a model once over K views of every image and over every caption, or read what an earlier call stored.
 
     The file's name holds a hash of the model's weights, the data, the views and the precision, so that a stale or foreign
-    one is never found; a drawn view is part of it, so that features of views drawn in another way are stale, too. Text features come from the un-augmented captions; a picture that cannot be decoded leaves
-    zeros, and no batch will hold it.
+    one is never found; drawn views are part of it, so that features of views drawn in another way are stale, too. Text
+    features come from the un-augmented captions; a picture that cannot be decoded leaves zeros, and no batch will hold
+    it.
     """
     fingerprint = hashlib.sha256(
         repr(

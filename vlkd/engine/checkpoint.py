@@ -59,9 +59,7 @@ def whole_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if (path / STATE).is_file())
 
 
-def load_checkpoint(
-    path: Path, *, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer
-) -> dict[str, Any]:
+def load_checkpoint(path: Path, *, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Fill modules, optimiser and the random generator; returns the state that was saved with them.
 
     Raises:

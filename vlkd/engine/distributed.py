@@ -23,7 +23,7 @@ def gather_rows(rows: Tensor) -> Tensor:
     if padded.is_floating_point():
         from torch.distributed.nn.functional import all_gather
 
-        parts = all_gather(padded)
+        parts = all_gather(padded)  # type: ignore[no-untyped-call]
     else:
         wire = padded.to(torch.uint8) if padded.dtype == torch.bool else padded
         received = [torch.empty_like(wire) for _ in range(world_size)]

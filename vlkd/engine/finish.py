@@ -15,6 +15,7 @@ from vlkd.engine.results import Entry, evaluate_entry, write_report
 from vlkd.engine.settings import Run
 from vlkd.models.base import DualEncoderModule
 from vlkd.models.composite import CompositeModel
+from vlkd.models.heads import LinearHead
 from vlkd.models.load import load
 from vlkd.models.spec import with_text_of
 from vlkd.retrieval.encode import encode_pairs
@@ -48,7 +49,9 @@ def finish(
     if config.report.asymmetric:
         for name, ref in zip(config.teacher_names, config.teachers.refs, strict=True):
             if name in distiller.heads:
-                mixed = with_text_of(student, ref, heads=(distiller.heads[name],))
+                head = distiller.heads[name]
+                assert isinstance(head, LinearHead)
+                mixed = with_text_of(student, ref, heads=(head,))
                 mixed.save(folder / f"student-with-text-of-{name}")
                 entries.append(Entry(role="student image, teacher text", name=name, model=mixed))
     entries += [Entry(role="teacher", name=name, model=model) for name, model in teachers.items()]

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+Trained = TypeVar("Trained", bound=nn.Module)
 
 
 def learning_rate(step: int, *, steps: int, peak: float, warmup: float) -> float:
@@ -33,7 +36,7 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, o
     ]
 
 
-class AveragedWeights:
+class AveragedWeights(Generic[Trained]):
     """An exponential moving average of a module's parameters and floating-point buffers.
 
     The decay of step t is min(decay, (1 + t) / (10 + t)), so that the random start is forgotten.
@@ -43,8 +46,8 @@ class AveragedWeights:
         decay: of late steps.
     """
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.module = copy.deepcopy(module).eval().requires_grad_(False)
+    def __init__(self, module: Trained, decay: float) -> None:
+        self.module: Trained = copy.deepcopy(module).eval().requires_grad_(False)
         self.decay = decay
 
     @torch.no_grad()

@@ -1,0 +1,113 @@
+"""A student without batch statistics, teachers of other widths, tokenizers and resolutions, and their batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from helpers.tiny_models import CAPTIONS, tiny_composite, tiny_tokenizer
+from vlkd.data.loader import Batch, Consumer, SampleSequence
+from vlkd.data.sources import Pairs
+from vlkd.data.views import ViewSettings
+from vlkd.distill.term import Term
+from vlkd.models.base import DualEncoderModule
+from vlkd.models.composite import CompositeModel
+from vlkd.models.spec import CompositeSpec, build_composite
+from vlkd.models.tokenizer import train_tokenizer
+from vlkd.objectives import embedding_mse, info_nce, relational_kl
+
+TEXTS: Sequence[Sequence[str]] = (CAPTIONS[:2], CAPTIONS[2:3], (), CAPTIONS[3:], CAPTIONS[2:3], (), CAPTIONS[:1], ())
+"""Three images are unlabelled; two others share their only caption."""
+
+VIEWS = ViewSettings(color=0.3)
+
+STUDENT_PAIR = ("student.image.embed", "student.text.embed")
+
+
+def tiny_student(seed: int = 0) -> CompositeModel:
+    """32 px, width 12, timm's `test_vit`: layer norms alone, so that rows do not depend on their batch."""
+    torch.manual_seed(seed)
+    spec = CompositeSpec(
+        image="test_vit",
+        image_kwargs='{"img_size": 32}',
+        image_size=32,
+        text_width=16,
+        text_layers=1,
+        text_heads=2,
+        context_length=12,
+        width=12,
+    )
+    model = build_composite(spec, tokenizer=tiny_tokenizer(), name="student")
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    return model
+
+
+def tiny_teachers() -> dict[str, CompositeModel]:
+    """Two of different resolution, width, context length and tokenizer, both unlike the student."""
+    first = tiny_composite(seed=1, width=20, image_size=40)
+    torch.manual_seed(2)
+    spec = CompositeSpec(
+        image="resnet10t",
+        image_kwargs='{"channels": [8, 8, 8, 8], "stem_width": 8}',
+        image_size=48,
+        text_width=24,
+        text_layers=1,
+        text_heads=2,
+        context_length=7,
+        width=9,
+        logit_scale=30.0,
+    )
+    tokenizer = train_tokenizer(CAPTIONS, vocab_size=60, min_frequency=1)
+    return {"one": first, "two": build_composite(spec, tokenizer=tokenizer, name="two").eval()}
+
+
+def terms_of(teacher: str = "one") -> tuple[Term, ...]:
+    """Contrastive with matches, projected matching of images and texts, relations."""
+    return (
+        Term(name="contrastive", objective=info_nce, features=(*STUDENT_PAIR, "student.logit_scale"), match=True),
+        Term(
+            name="images",
+            objective=embedding_mse,
+            features=("projected.image.embed", "teacher.image.embed"),
+            teacher=teacher,
+            weight=2.0,
+        ),
+        Term(
+            name="texts",
+            objective=embedding_mse,
+            features=("projected.text.embed", "teacher.text.embed"),
+            teacher=teacher,
+            weight=0.5,
+        ),
+        Term(
+            name="relations",
+            objective=relational_kl,
+            features=(
+                *STUDENT_PAIR,
+                "teacher.image.embed",
+                "teacher.text.embed",
+                "student.logit_scale",
+                "teacher.logit_scale",
+            ),
+            teacher=teacher,
+        ),
+    )
+
+
+def sequence_of(
+    pairs: Pairs, models: Mapping[str, DualEncoderModule], *, view_cycle: int = 0, settings: ViewSettings = VIEWS
+) -> SampleSequence:
+    """Samples for the student and the teachers that run beside it, all with pixels and text."""
+    consumers = {
+        name: Consumer(preprocessing=model.preprocessing, image=True, text=True, student=name == "student")
+        for name, model in models.items()
+    }
+    return SampleSequence(pairs, consumers, settings, seed=4, view_cycle=view_cycle)
+
+
+def batch_of(sequence: SampleSequence, rows: Sequence[int]) -> Batch:
+    """The batch of these rows of the table, in the first epoch."""
+    position = {sequence.row_and_view(number)[0]: number for number in range(len(sequence.pairs))}
+    return sequence.collate([sequence[position[row]] for row in rows])

@@ -1,0 +1,69 @@
+"""`vlkd doctor` tells sound models from broken ones, and what the machine has."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from helpers.tiny_models import CAPTIONS, tiny_composite, tiny_images
+from safetensors.torch import load_file, save_file
+
+from vlkd.cli.main import main
+
+
+@pytest.fixture
+def model(tmp_path):
+    folder = tmp_path / "sound"
+    tiny_composite().save(folder, golden=True)
+    return folder
+
+
+def test_the_environment_is_told(capsys):
+    main(["doctor", "--json"])
+    lines = capsys.readouterr().out.splitlines()
+    found = json.loads(lines[-1])["environment"]
+    assert found["torch"] == torch.__version__
+    assert {"python", "faiss-cpu", "cores", "memory", "devices", "torchvision ops", "extra [demo]"} <= found.keys()
+    assert any(line.startswith("torch ") and torch.__version__ in line for line in lines)
+
+
+def test_a_sound_model_is_described(model, tmp_path, capsys):
+    (tmp_path / "captions.jsonl").write_text(
+        "".join(json.dumps({"image": f"{i}.png", "captions": [CAPTIONS[i % 5]]}) + "\n" for i in range(6))
+    )
+    for i, image in enumerate(tiny_images(6)):
+        image.save(tmp_path / f"{i}.png")
+    (tmp_path / "3.png").write_bytes(b"no picture")
+    main(["doctor", str(model), "--data", str(tmp_path / "captions.jsonl"), "--json"])
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])["models"][0]
+    counts = tiny_composite().parameter_counts()
+    assert row["error"] == ""
+    assert row["width"] == "24"
+    assert row["parameters"] == f"{counts['image']:,} image, {counts['text']:,} text"
+    assert row["preprocessing"].startswith("32 x 32 px")
+    assert row["golden"].startswith("equal")
+    assert "of 5 pairs" in row["pairs"]
+
+
+def test_a_broken_model_ends_with_code_2_after_the_others(model, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    tiny_composite().save(broken, golden=True)
+    weights = load_file(str(broken / "model.safetensors"))
+    weights["image_projection.0.weight" if "image_projection.0.weight" in weights else sorted(weights)[0]] *= 1.5
+    save_file(weights, str(broken / "model.safetensors"))
+    with pytest.raises(SystemExit) as stop:
+        main(["doctor", str(broken), str(tmp_path / "gone"), str(model)])
+    assert stop.value.code == 2
+    captured = capsys.readouterr()
+    assert "golden inputs differs" in captured.err
+    assert "Found no model" in captured.err
+    assert captured.err.splitlines()[-1].startswith("vlkd: 2 of 3 models cannot be used")
+    assert "equal to those it was saved with" in captured.out
+
+
+def test_data_without_a_model_are_refused(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["doctor", "--data", "shards"])
+    assert stop.value.code == 2
+    assert "name at least one REF" in capsys.readouterr().err

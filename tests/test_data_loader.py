@@ -1,0 +1,266 @@
+"""Order, captions, views, ranks, workers and resumption of the batch stream."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.pairs import noise, picture_pairs
+from helpers.tiny_models import CAPTIONS, tiny_tokenizer
+from PIL import Image
+
+from vlkd.data.decoded import Decoded, shrink
+from vlkd.data.images import BadImage
+from vlkd.data.loader import Batch, BatchStream, Consumer, SampleSequence
+from vlkd.data.sources import Pairs
+from vlkd.data.views import ViewSettings, colors, geometry, view_of
+from vlkd.errors import UserError
+from vlkd.models.preprocessing import CompositePreprocessing, PixelSettings
+
+TEXTS = [CAPTIONS[:3], CAPTIONS[1:2], (), CAPTIONS[2:], CAPTIONS[:2], (), CAPTIONS[3:]]
+VIEWS = ViewSettings(color=0.4)
+
+
+def preprocessing(size: int = 24) -> CompositePreprocessing:
+    third = (0.5, 0.5, 0.5)
+    settings = PixelSettings(size=size, mean=third, std=third, interpolation="bilinear", crop_fraction=1.0)
+    return CompositePreprocessing(settings, tiny_tokenizer(), 16)
+
+
+def consumers(**sizes: int) -> dict[str, Consumer]:
+    return {
+        name: Consumer(preprocessing=preprocessing(size), image=True, text=True, student=name == "student")
+        for name, size in ({"student": 24} | sizes).items()
+    }
+
+
+def sequence(pairs: Pairs, *, seed: int = 5, wanted: dict[str, Consumer] | None = None, **options) -> SampleSequence:
+    return SampleSequence(pairs, {} if wanted is None else wanted, VIEWS, seed=seed, **options)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Pairs:
+    return picture_pairs(tmp_path_factory.mktemp("pictures"), TEXTS)
+
+
+def same(left: Batch, right: Batch) -> None:
+    assert (left.keys, left.bad) == (right.keys, right.bad)
+    for name in ("rows", "views", "captioned", "texts", "caption_ids"):
+        assert torch.equal(getattr(left, name), getattr(right, name)), name
+    assert left.inputs.keys() == right.inputs.keys()
+    for model, part in left.inputs.items():
+        assert part.keys() == right.inputs[model].keys()
+        for name, value in part.items():
+            assert torch.equal(value, right.inputs[model][name]), (model, name)
+
+
+def keys(stream: BatchStream) -> list[str]:
+    return [key for batch in stream for key in batch.keys]
+
+
+def test_every_epoch_is_one_permutation_across_batch_borders(pairs):
+    order = keys(BatchStream(sequence(pairs), batch_size=3, samples=21))
+    assert len(order) == 21
+    epochs = [order[start : start + 7] for start in (0, 7, 14)]
+    assert all(sorted(epoch) == sorted(pairs.keys) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert keys(BatchStream(sequence(pairs), batch_size=3, samples=21)) == order
+    assert keys(BatchStream(sequence(pairs, seed=6), batch_size=3, samples=21)) != order
+
+
+@pytest.mark.parametrize("stop", [1, 2, 5])
+def test_a_state_continues_without_repeat_or_gap(pairs, stop):
+    whole = list(BatchStream(sequence(pairs, wanted=consumers()), batch_size=3, samples=21))
+    first = BatchStream(sequence(pairs, wanted=consumers()), batch_size=3, samples=21)
+    steps = iter(first)
+    taken = [next(steps) for _ in range(stop)]
+    second = BatchStream(sequence(pairs, wanted=consumers()), batch_size=3, samples=21)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    for found, expected in zip(taken + list(second), whole, strict=True):
+        same(found, expected)
+
+
+def test_the_state_counts_what_was_handed_out(pairs):
+    stream = BatchStream(sequence(pairs), batch_size=2, samples=20, workers=0)
+    steps = iter(stream)
+    for step in range(1, 4):
+        next(steps)
+        assert stream.state_dict()["samples"] == 2 * step
+
+
+def test_prefetching_workers_do_not_run_ahead_of_the_state(pairs):
+    stream = BatchStream(sequence(pairs), batch_size=2, samples=20, workers=1)
+    steps = iter(stream)
+    next(steps)
+    assert stream.state_dict()["samples"] == 2
+
+
+@pytest.mark.parametrize("changed", [{"seed": 6}, {"data": "other"}])
+def test_a_foreign_state_is_refused(pairs, changed):
+    stream = BatchStream(sequence(pairs), batch_size=2, samples=20)
+    with pytest.raises(UserError, match=f"made with {next(iter(changed))}"):
+        stream.load_state_dict(stream.state_dict() | changed)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_share_the_batches_of_one(pairs, world_size):
+    whole = list(BatchStream(sequence(pairs, wanted=consumers()), batch_size=4, samples=20))
+    ranks = [
+        list(
+            BatchStream(sequence(pairs, wanted=consumers()), batch_size=4, samples=20, rank=rank, world_size=world_size)
+        )
+        for rank in range(world_size)
+    ]
+    assert {len(rank) for rank in ranks} == {len(whole)} == {5}
+    for step, expected in enumerate(whole):
+        parts = [rank[step] for rank in ranks]
+        assert [key for part in parts for key in part.keys] == expected.keys
+        for name in ("rows", "views", "captioned", "texts", "caption_ids"):
+            assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(expected, name))
+        pixels = torch.cat([part.inputs["student"]["pixels"] for part in parts])
+        assert torch.equal(pixels, expected.inputs["student"]["pixels"])
+
+
+def test_workers_change_nothing(pairs):
+    alone, helped = (
+        list(BatchStream(sequence(pairs, wanted=consumers()), batch_size=3, samples=12, workers=workers))
+        for workers in (0, 2)
+    )
+    for left, right in zip(alone, helped, strict=True):
+        same(left, right)
+
+
+def test_a_sequence_travels_to_a_spawned_worker(pairs):
+    own = sequence(pairs, wanted=consumers())
+    own[9]
+    copy = pickle.loads(pickle.dumps(own))
+    same(copy.collate([copy[8], copy[1]]), own.collate([own[8], own[1]]))
+
+
+def test_captions_belong_to_their_images_and_vary_by_epoch(pairs):
+    texts = pairs.texts()
+    chosen: dict[str, Counter[str]] = {key: Counter() for key in pairs.keys}
+    for batch in BatchStream(sequence(pairs, wanted=consumers()), batch_size=7, samples=7 * 60):
+        captioned = [key for key, flag in zip(batch.keys, batch.captioned, strict=True) if flag]
+        assert [bool(pairs.captions[row]) for row in batch.rows] == batch.captioned.tolist()
+        for key, number in zip(captioned, batch.texts.tolist(), strict=True):
+            chosen[key][texts[number]] += 1
+        drawn = [texts[number] for number in batch.texts]
+        expected = preprocessing().tokenize(drawn)
+        assert torch.equal(batch.inputs["student"]["ids"], expected["ids"])
+        assert torch.equal(batch.inputs["student"]["mask"], expected["mask"])
+    for key, own in zip(pairs.keys, pairs.captions, strict=True):
+        assert set(chosen[key]) == set(own)
+        # 60 even draws among n captions: five standard deviations.
+        for count in chosen[key].values():
+            assert abs(count - 60 / len(own)) <= 5 * (60 / len(own)) ** 0.5
+
+
+def test_caption_ids_are_equal_exactly_for_equal_strings(pairs):
+    own = sequence(pairs)
+    found: dict[int, set[str]] = {}
+    texts = pairs.texts()
+    for start in range(0, 70, 7):
+        batch = own.collate([own[position] for position in range(start, start + 7)])
+        for number, identity in zip(batch.texts.tolist(), batch.caption_ids.tolist(), strict=True):
+            found.setdefault(identity, set()).add(texts[number])
+    assert all(len(strings) == 1 for strings in found.values())
+    assert len(found) == len(set(texts))
+
+
+def test_teachers_see_the_students_crop_without_its_colours(pairs):
+    wanted = consumers(near=24, far=12)
+    own = sequence(pairs, wanted=wanted, view_seed=9)
+    sample = own[3]
+    view = view_of(VIEWS, 9, sample.key, sample.view)
+    seen = geometry(pairs.image(sample.row), view)
+    assert view.box != (0, 0, 1, 1)
+    for name, size in (("near", 24), ("far", 12)):
+        expected = np.asarray(seen.resize((size, size), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+        np.testing.assert_array_equal(sample.pixels[name].numpy(), expected)
+    coloured = np.asarray(colors(seen, view).resize((24, 24), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+    np.testing.assert_array_equal(sample.pixels["student"].numpy(), coloured)
+    assert not torch.equal(sample.pixels["student"], sample.pixels["near"])
+
+
+@pytest.mark.parametrize(("cycle", "expected"), [(0, [0, 1, 2, 3, 4]), (2, [0, 1, 0, 1, 0])])
+def test_views_come_round_after_a_cycle(pairs, cycle, expected):
+    own = sequence(pairs, view_cycle=cycle)
+    assert [own.row_and_view(7 * epoch)[1] for epoch in range(5)] == expected
+
+
+def test_a_broken_picture_is_left_out_and_counted(tmp_path):
+    broken = picture_pairs(tmp_path, [("a blue circle",)] * 20, broken=(4,))
+    stream = BatchStream(sequence(broken, wanted=consumers()), batch_size=10, samples=40)
+    batches = list(stream)
+    assert sorted(key for batch in batches[:2] for key in batch.keys) == sorted(set(broken.keys) - {"p4"})
+    assert [batch.bad for batch in batches if batch.bad] == [["p4"], ["p4"]]
+    assert all(len(batch.inputs["student"]["pixels"]) == len(batch.keys) == len(batch.texts) for batch in batches)
+    assert stream.state_dict()["bad"] == ["p4"]
+    again = BatchStream(sequence(broken, wanted=consumers()), batch_size=10, samples=40)
+    again.load_state_dict(stream.state_dict())
+    assert again.bad == {"p4"}
+
+
+def test_more_than_a_twentieth_broken_is_refused(tmp_path):
+    broken = picture_pairs(tmp_path, [()] * 20, broken=(4, 9))
+    with pytest.raises(UserError, match=r"2 images cannot be decoded, more than 5% .*p4"):
+        list(BatchStream(sequence(broken, wanted=consumers()), batch_size=10, samples=20))
+
+
+def test_rows_known_to_be_unusable_are_left_out_without_any_decoding(pairs):
+    own = sequence(pairs, unusable=[2])
+    batch = own.collate([own[position] for position in range(7)])
+    assert batch.bad == ["p2"]
+    assert sorted(batch.rows.tolist()) == [0, 1, 3, 4, 5, 6]
+
+
+def test_decoded_pictures_are_those_of_the_files(tmp_path):
+    broken = picture_pairs(tmp_path, [()] * 3, broken=(1,))
+    held = Decoded(broken, 18)
+    expected = noise(0).resize((24, 18), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(np.asarray(held.image(0)), np.asarray(expected))
+    with pytest.raises(BadImage):
+        held.image(1)
+    assert shrink(noise(0), 36).size == (48, 36)
+    batch = sequence(broken, wanted=consumers(), decoded=held).collate(
+        [sequence(broken, wanted=consumers(), decoded=held)[position] for position in range(3)]
+    )
+    assert batch.bad == ["p1"]
+
+
+def test_a_batch_without_captions_has_no_text_row_but_a_blank_input(pairs):
+    unlabelled = replace(pairs, captions=[()] * 7)
+    own = sequence(unlabelled, wanted=consumers())
+    batch = own.collate([own[0], own[1]])
+    assert (len(batch.texts), len(batch.caption_ids), batch.captioned.tolist()) == (0, 0, [False, False])
+    assert torch.equal(batch.inputs["student"]["ids"], preprocessing().tokenize([""])["ids"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 5, "world_size": 2}, "does not divide among 2 ranks"),
+        ({"batch_size": 8}, "larger than the 7 training images"),
+    ],
+)
+def test_batches_that_cannot_be_are_refused(pairs, options, message):
+    with pytest.raises(UserError, match=message):
+        BatchStream(sequence(pairs), samples=20, **options)
+
+
+def test_real_shards_stream(tmp_path):
+    shards = Path(__file__).parents[2] / "shared" / "data" / "coco" / "dataset_coco.json"
+    if not shards.is_file():
+        pytest.skip("the shared COCO photos are absent")
+    from vlkd.data.sources import open_pairs
+
+    found = open_pairs(f"{shards}#test")
+    batch = next(iter(BatchStream(sequence(found, wanted=consumers()), batch_size=8, samples=8)))
+    assert (len(batch.keys), batch.bad) == (8, [])

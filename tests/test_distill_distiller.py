@@ -1,0 +1,268 @@
+"""The losses of a batch by hand, who receives gradients, who takes part, and what is refused before the first step."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers.distilling import (
+    STUDENT_PAIR,
+    TEXTS,
+    batch_of,
+    sequence_of,
+    terms_of,
+    tiny_student,
+    tiny_teachers,
+)
+from helpers.pairs import picture_pairs
+
+from vlkd.data.views import ViewSettings
+from vlkd.distill.distiller import Distiller
+from vlkd.distill.teachers import OnlineTeacher, stored_teacher
+from vlkd.distill.term import Term
+from vlkd.errors import UserError
+from vlkd.objectives import embedding_cosine, embedding_mse, info_nce
+
+ALL = tuple(range(8))
+CAPTIONED = [0, 1, 3, 4, 6]
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    return picture_pairs(tmp_path_factory.mktemp("pictures"), TEXTS)
+
+
+@pytest.fixture
+def models():
+    return {"student": tiny_student()} | tiny_teachers()
+
+
+def distiller_of(models, terms, weights=None, **options):
+    sources = {name: OnlineTeacher(name, model) for name, model in models.items() if name != "student"}
+    weights = weights or [1 / len(sources)] * len(sources)
+    return Distiller(models["student"], terms, sources, weights, **options)
+
+
+def unit(rows):
+    return rows / rows.norm(dim=1, keepdim=True)
+
+
+def even_cross_entropy(logits, target):
+    target = target / target.sum(dim=1, keepdim=True)
+    return -(target * (logits - logits.exp().sum(dim=1, keepdim=True).log())).sum(dim=1).mean()
+
+
+def kl(teacher, student):
+    teacher, student = (logits.softmax(dim=1) for logits in (teacher, student))
+    return (teacher * (teacher / student).log()).sum(dim=1).mean()
+
+
+def embeddings(model, part):
+    """Image embeddings of all samples and text embeddings of the captioned ones, in float64."""
+    found = model.encode(part, {"image.embed", "text.embed"})
+    return found["image.embed"].double(), found["text.embed"].double()
+
+
+def test_every_loss_and_the_total_by_hand(pairs, models):
+    distiller = distiller_of(models, (*terms_of("one"),), weights=(0.25, 0.75))
+    batch = batch_of(sequence_of(pairs, models), ALL)
+    losses = distiller(batch)
+    with torch.no_grad():
+        image, text = embeddings(models["student"], batch.inputs["student"])
+        teacher_image, teacher_text = embeddings(models["one"], batch.inputs["one"])
+        head = distiller.heads["one"].weight.double()
+        scale, teacher_scale = (float(models[name].log_logit_scale.exp()) for name in ("student", "one"))
+        drawn = [pairs.texts()[number] for number in batch.texts]
+        same = torch.tensor([[left == right for left in drawn] for right in drawn]).double()
+        own = unit(image[CAPTIONED]) @ unit(text).T * scale
+        theirs = unit(teacher_image[CAPTIONED]) @ unit(teacher_text).T * teacher_scale
+        expected = {
+            "contrastive": (even_cross_entropy(own, same) + even_cross_entropy(own.T, same.T)) / 2,
+            "images": (unit(image @ head.T) - unit(teacher_image)).square().sum(dim=1).mean(),
+            "texts": (unit(text @ head.T) - unit(teacher_text)).square().sum(dim=1).mean(),
+            "relations": (kl(theirs, own) + kl(theirs.T, own.T)) / 2,
+        }
+    assert len(text) == 5
+    assert same.sum() > 5
+    assert losses.keys() == expected.keys()
+    for name, value in expected.items():
+        assert losses[name].item() == pytest.approx(float(value), rel=1e-4), name
+    by_hand = expected["contrastive"] + 0.25 * (
+        2 * expected["images"] + 0.5 * expected["texts"] + expected["relations"]
+    )
+    assert distiller.total(losses).item() == pytest.approx(float(by_hand), rel=1e-4)
+
+
+def test_match_marks_equal_captions_and_equal_rows(pairs, models):
+    seen = []
+
+    def objective(image, text, match):
+        seen.append(match)
+        return (image.square().sum() + text.square().sum()) * 0
+
+    term = Term(name="probe", objective=objective, features=STUDENT_PAIR, match=True)
+    # Rows 1 and 4 share their only caption; row 6 has one of row 0's two; row 3 comes twice.
+    rows = (0, 1, 2, 3, 4, 3)
+    sequence = sequence_of(pairs, {"student": models["student"]})
+    position = {sequence.row_and_view(number)[0]: number for number in range(8)}
+    later = {sequence.row_and_view(number)[0]: number for number in range(8, 16)}
+    samples = [sequence[(later if i == 5 else position)[row]] for i, row in enumerate(rows)]
+    Distiller(models["student"], (term,), {}, ())(sequence.collate(samples))
+    texts = [sample.caption for sample in samples if sample.caption]
+    owners = [0, 1, 3, 4, 3]
+    expected = [[a == b or owners[i] == owners[j] for j, b in enumerate(texts)] for i, a in enumerate(texts)]
+    assert seen[0].tolist() == expected
+    assert expected[1][3]
+    assert expected[2][4]
+    assert not expected[0][1]
+
+
+def test_unlabelled_images_take_part_only_without_captions(pairs, models):
+    distiller = distiller_of(models, terms_of("one"))
+    sequence = sequence_of(pairs, models)
+    whole, labelled = distiller(batch_of(sequence, ALL)), distiller(batch_of(sequence, CAPTIONED))
+    for name in ("contrastive", "texts", "relations"):
+        torch.testing.assert_close(whole[name], labelled[name], rtol=1e-5, atol=1e-6)
+    alone = distiller(batch_of(sequence, (2, 5, 7)))
+    assert alone.keys() == {"images"}
+    # A mean over eight images is made of the means over five and three.
+    torch.testing.assert_close(8 * whole["images"], 5 * labelled["images"] + 3 * alone["images"], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(whole["images"], labelled["images"], rtol=1e-4)
+    torch.testing.assert_close(distiller.total(alone), 0.5 * 2.0 * alone["images"])
+
+
+def test_two_unlike_teachers_in_one_run(pairs, models):
+    second = tuple(replace(term, name=f"{term.name} two", teacher="two") for term in terms_of("two") if term.teacher)
+    distiller = distiller_of(models, (*terms_of("one"), *second))
+    batch = batch_of(sequence_of(pairs, models), ALL)
+    assert {name: tuple(part["pixels"].shape[2:]) for name, part in batch.inputs.items()} == {
+        "student": (32, 32),
+        "one": (40, 40),
+        "two": (48, 48),
+    }
+    assert len({part["ids"].shape[1] for part in batch.inputs.values()}) >= 2
+    assert {name: tuple(head.weight.shape) for name, head in distiller.heads.items()} == {
+        "one": (20, 12),
+        "two": (9, 12),
+    }
+    losses = distiller(batch)
+    assert len(losses) == 7
+    distiller.total(losses).backward()
+    for head in distiller.heads.values():
+        assert head.weight.grad.abs().max() > 0
+
+
+def test_gradients_reach_student_and_heads_and_never_the_teacher(pairs, models):
+    distiller = distiller_of(models, terms_of("one"))
+    before = {name: value.clone() for name, value in models["one"].state_dict().items()}
+    distiller.train()
+    distiller.total(distiller(batch_of(sequence_of(pairs, models), ALL))).backward()
+    for name, value in distiller.named_parameters():
+        assert value.grad is not None, name
+        assert value.grad.isfinite().all(), name
+    for tower in ("image_tower", "text_tower", "image_projection", "text_projection"):
+        assert max(float(v.grad.abs().max()) for v in getattr(models["student"], tower).parameters()) > 0
+    assert models["student"].log_logit_scale.grad.abs() > 0
+    assert all(value.grad is None for name in ("one", "two") for value in models[name].parameters())
+    assert not models["one"].training
+    assert all(torch.equal(value, before[name]) for name, value in models["one"].state_dict().items())
+
+
+def test_heads_are_trained_and_saved_but_are_no_part_of_the_student(models):
+    distiller = distiller_of(models, terms_of("one"))
+    assert set(distiller.heads) == {"one"}
+    assert {name for name in distiller.state_dict() if not name.startswith("student.")} == {"heads.one.weight"}
+    assert set(models["student"].state_dict()) == {
+        name.removeprefix("student.") for name in distiller.state_dict() if name.startswith("student.")
+    }
+    assert not any("head" in name for name in models["student"].own_state())
+    assert any(value is distiller.heads["one"].weight for value in distiller.parameters())
+
+
+def test_stored_teachers_give_the_losses_of_online_ones(pairs, models, tmp_path):
+    terms = terms_of("one")
+    online = distiller_of(models, terms)
+    want = online.wanted_of_teachers["one"]
+    settings = ViewSettings(color=0.3)
+    stored = stored_teacher("one", models["one"], pairs, want, views=2, settings=settings, view_seed=0, folder=tmp_path)
+    held = Distiller(models["student"], terms, {"one": stored}, (0.5,))
+    held.heads.load_state_dict(online.heads.state_dict())
+    sequence = sequence_of(pairs, models, view_cycle=2, settings=settings)
+    for start in (0, 6, 14):
+        batch = sequence.collate([sequence[position] for position in range(start, start + 6)])
+        expected, found = online(batch), held(batch)
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5)
+
+
+def test_frozen_towers_in_memory_train_the_projections_alone(pairs, models, tmp_path):
+    student = models["student"]
+    student.image_tower.requires_grad_(False)
+    student.text_tower.requires_grad_(False)
+    settings = ViewSettings()
+    pooled = {"image.pooled", "text.pooled"}
+    towers = stored_teacher("towers", student, pairs, pooled, views=1, settings=settings, view_seed=0, folder=tmp_path)
+    term = Term(name="pooled", objective=lambda pooled: pooled.square().sum(dim=1), features=("student.image.pooled",))
+    direct = distiller_of(models, (*terms_of("one"), term))
+    held = distiller_of(models, (*terms_of("one"), term), towers=towers)
+    held.heads.load_state_dict(direct.heads.state_dict())
+    batch = batch_of(sequence_of(pairs, models, view_cycle=1, settings=settings), ALL)
+    expected, found = direct(batch), held(batch)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5)
+    held.total(found).backward()
+    moved = {name for name, value in held.named_parameters() if value.grad is not None}
+    assert moved == {
+        "student.image_projection.0.weight",
+        "student.text_projection.0.weight",
+        "student.log_logit_scale",
+        "heads.one.weight",
+    }
+
+
+MSE = ("student.image.embed", "teacher.image.embed")
+
+
+@pytest.mark.parametrize(
+    ("terms", "message"),
+    [
+        ((), "expected at least one"),
+        ((Term(name="a", objective=info_nce, features=STUDENT_PAIR),) * 2, "no name twice"),
+        ((Term(name="a", objective=embedding_mse, features=MSE, teacher="three"),), "'three'; there are one, two"),
+        ((Term(name="a", objective=embedding_mse, features=MSE, teacher="one", weight=-1),), "weight -1"),
+        ((Term(name="a", objective=embedding_mse, features=MSE, teacher="one", weight=float("nan")),), "weight nan"),
+        ((Term(name="a", objective=info_nce, features=("student.image.tokens",)),), "no feature is called"),
+        (
+            (Term(name="a", objective=info_nce, features=("student.logit_bias",)),),
+            "student cannot produce 'logit_bias'",
+        ),
+        (
+            (Term(name="a", objective=info_nce, features=("teacher.logit_bias",), teacher="two"),),
+            "Teacher two cannot produce 'logit_bias'",
+        ),
+        (
+            (Term(name="a", objective=info_nce, features=("teacher.imag",), teacher="two"),),
+            "no feature is called 'imag'",
+        ),
+    ],
+)
+def test_impossible_methods_are_refused_at_construction(terms, message, models):
+    with pytest.raises(UserError, match=message):
+        distiller_of(models, terms)
+
+
+def test_a_student_of_the_teachers_width_may_be_compared_without_a_head(pairs, models):
+    term = Term(name="a", objective=embedding_cosine, features=MSE, teacher="one")
+    distiller = distiller_of(models, (term,))
+    assert not list(distiller.heads)
+    with pytest.raises(UserError, match="project to one width"):
+        distiller(batch_of(sequence_of(pairs, models), ALL))
+
+
+def test_a_nan_teacher_shows_in_the_loss_of_its_term_alone(pairs, models):
+    with torch.no_grad():
+        models["one"].image_projection[0].weight[0, 0] = float("nan")
+    losses = distiller_of(models, terms_of("one"))(batch_of(sequence_of(pairs, models), ALL))
+    assert {name for name, value in losses.items() if not value.isfinite()} == {"images", "relations"}
