@@ -2,10 +2,10 @@
 
     python scripts/bench_distill.py --json
 
-Student: timm resnet10t (1.1 M, 64 px) and a compact text tower, both trained; batch 128; teachers: tf_efficientnet_lite0
-at 224 px and a compact text tower of six layers, random weights (the rate does not depend on them). The online row is
-open_clip's `DistillClipLoss` on the same student and batches, its teacher run under no_grad. All rows decode and augment
-the same drawn scenes through the same loader.
+Student: timm resnet10t (1.1 M, 64 px) and a compact text tower, both trained; batch 128. Teachers: timm's
+tf_efficientnet_lite0 at 224 px and a compact text tower of six layers, random weights (the rate does not depend on
+them). The online row is open_clip's `DistillClipLoss` on the same student and batches, its teacher run under no_grad.
+All rows decode and augment the same drawn scenes through the same loader.
 """
 
 from __future__ import annotations
@@ -172,7 +172,9 @@ def open_clip_row(
         with torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bf16"):
             own = student.encode(batch.inputs["student"], want)
             target = teacher.targets(batch, want)
-        unit = [torch.nn.functional.normalize(part[name].float(), dim=-1) for part in (own, target) for name in want[:2]]
+        unit = [
+            torch.nn.functional.normalize(part[name].float(), dim=-1) for part in (own, target) for name in want[:2]
+        ]
         total = sum(loss(*unit[:2], own["logit_scale"], *unit[2:], target["logit_scale"]))
         optimizer.zero_grad(set_to_none=True)
         total.backward()

@@ -1,7 +1,7 @@
 """The retriever's evidence: one student, with and without teachers, on real data, several seeds, one table.
 
-    python scripts/evidence_retriever.py coco --data DATA --teachers runs/lite0/student,runs/lite2/student --out runs/evidence
-    python scripts/evidence_retriever.py emoji --data DATA --teachers runs/emoji0/student,runs/emoji2/student --seeds 5
+    python scripts/evidence_retriever.py coco --data DATA --teachers runs/lite2/student,runs/lite0/student
+    python scripts/evidence_retriever.py emoji --data DATA --teachers runs/emoji2/student,runs/emoji0/student
 
 DATA holds shards per split (train, val, test) as `vlkd prep` writes them. Every variant sees the same number of student
 samples; recipes were chosen on val (`--tune` prints the trials). Finished runs are kept, so the same command continues.
@@ -25,10 +25,9 @@ STUDENT = [
     'model.image_kwargs={"channels":[32,64,128,216]}',
     "model.image_size=64",
     "model.text_width=192",
-    "model.text_layers=2",
+    "model.text_layers=1",
     "model.context_length=20",
     "model.width=256",
-    "train.batch_size=128",
     "train.precision=bf16",
     "teachers.views=4",
 ]
@@ -36,6 +35,7 @@ DATASETS = {
     "coco": ["train.samples=40000", "data.keep_short_side=96"],
     "emoji": ["train.samples=40000", "data.keep_short_side=64"],
 }
+MIX = ["method.matching=8", "method.relational=2", "method.contrastive=0.5"]
 VARIANTS: dict[str, tuple[int, list[str]]] = {
     "alone": (0, []),
     "matching, one teacher": (1, ["method.matching=4", "method.contrastive=0"]),
@@ -43,7 +43,26 @@ VARIANTS: dict[str, tuple[int, list[str]]] = {
     "best mix, one teacher": (1, ["method.matching=4", "method.relational=1"]),
     "best mix, two teachers": (2, ["method.matching=4", "method.relational=1"]),
 }
-TRIALS: dict[str, tuple[int, list[list[str]]]] = {}
+TRIALS: dict[str, tuple[int, list[list[str]]]] = {
+    "alone": (
+        0,
+        [
+            ["train.batch_size=128", "train.lr=0.001"],
+            ["train.batch_size=64", "train.lr=0.003", "train.weight_decay=0.05"],
+            ["train.batch_size=64", "train.lr=0.001", "views.crop_scale=0.3,1"],
+            ["train.batch_size=128", "train.lr=0.002", "train.ema=0.99", "views.color=0.3"],
+        ],
+    ),
+    "mix": (
+        1,
+        [
+            ["train.batch_size=128", "train.lr=0.002", "method.matching=4", "method.relational=1"],
+            ["train.batch_size=64", "train.lr=0.003", "train.weight_decay=0.05", *MIX],
+            ["train.batch_size=64", "train.lr=0.003", "train.ema=0.99", *MIX[:2], "method.contrastive=0.1"],
+            ["train.batch_size=32", "train.lr=0.002", "train.weight_decay=0.05", *MIX],
+        ],
+    ),
+}
 
 
 def main() -> None:
@@ -63,7 +82,9 @@ def main() -> None:
         return
     jobs = [(name, seed) for seed in range(args.seeds) for name in VARIANTS]
     with ThreadPoolExecutor(args.jobs) as pool:
-        folders = list(pool.map(lambda job: run(args, *VARIANTS[job[0]], folder_of(args, *job), job[1], test=True), jobs))
+        folders = list(
+            pool.map(lambda job: run(args, *VARIANTS[job[0]], folder_of(args, *job), job[1], test=True), jobs)
+        )
     rows: dict[str, list[dict]] = {}
     teachers: dict[str, dict] = {}
     for (name, _), folder in zip(jobs, folders, strict=True):
@@ -105,7 +126,8 @@ def tune(args: argparse.Namespace) -> None:
         name, i = job
         teachers, trials = TRIALS[name]
         out = args.out / f"{args.dataset}-tune" / f"{name}-{i}"
-        row = json.loads((run(args, teachers, trials[i], out, 0, test=False) / "results.jsonl").read_text().splitlines()[0])
+        results = run(args, teachers, trials[i], out, 0, test=False) / "results.jsonl"
+        row = json.loads(results.read_text().splitlines()[0])
         return name, trials[i], row
 
     with ThreadPoolExecutor(args.jobs) as pool:

@@ -1,4 +1,4 @@
-"""Train the small teacher that `vlkd demo` ships: a CLIP-like model on drawn icon scenes, far longer than the demo trains.
+"""Train the small teacher that `vlkd demo` ships: a CLIP-like model on drawn icon scenes, far longer than the demo.
 
     python scripts/make_demo_teacher.py runs/demo_teacher --samples 400000
 

@@ -1,6 +1,7 @@
 """Distil a lightweight retriever from one or several dual encoders, or train it without any (the baseline).
 
-    vlkd train retriever data.train=shards/train data.val=shards/val teachers.refs=runs/teacher/student out=runs/retriever
+    vlkd train retriever data.train=shards/train data.val=shards/val teachers.refs=runs/teacher/student \\
+        method.matching=8 method.relational=2 out=runs/retriever
     vlkd train retriever smoke=true out=runs/smoke
 
 Four objectives, each with its weight (0 leaves it out): contrastive training on the captions, matching of the teachers'

@@ -79,7 +79,7 @@ def test_shards_folder_tar_and_glob_are_one_table(tmp_path):
         for i in range(3):
             np.testing.assert_array_equal(np.asarray(found.image(i)), np.asarray(direct.image(i)))
     assert open_pairs(str(tmp_path / "data/train/000001.tar")).keys == ["c"]
-    with pytest.raises(UserError, match="splits train; name one, for instance .*data#train"):
+    with pytest.raises(UserError, match=r"splits train; name one, for instance .*data#train"):
         open_pairs(str(tmp_path / "data"))
     with pytest.raises(UserError, match="no folder 'val'"):
         open_pairs(str(tmp_path / "data#val"))
@@ -165,7 +165,7 @@ def test_union_keeps_order_and_renames_only_clashing_keys(tmp_path):
     clash = open_union([one, three])
     assert clash.keys == ["0:a.png", "0:b.png", "1:a.png"]
     assert [file.path.parent.name for file in clash.files] == ["one", "one", "three"]
-    with pytest.raises(UserError, match="data.train"):
+    with pytest.raises(UserError, match=r"data\.train"):
         open_union([])
 
 

@@ -162,7 +162,7 @@ def test_damaged_checkpoints_are_refused_in_a_sentence(damage, tmp_path):
     run.step()
     path = run.save(tmp_path, 1)
     damage(path)
-    with pytest.raises(UserError, match="step-00000001 cannot be used .*remove that folder"):
+    with pytest.raises(UserError, match=r"step-00000001 cannot be used .*remove that folder"):
         run.load(path)
 
 

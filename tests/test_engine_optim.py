@@ -86,5 +86,5 @@ def test_averaged_weights_are_a_frozen_copy():
 def test_clamp(value, expected):
     scale = nn.Parameter(torch.tensor(math.log(value)))
     clamp_logit_scale(scale, 100.0)
-    assert math.exp(float(scale)) == pytest.approx(expected, rel=1e-5)
+    assert math.exp(scale.item()) == pytest.approx(expected, rel=1e-5)
     assert scale.requires_grad

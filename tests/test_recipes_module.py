@@ -37,9 +37,9 @@ def test_find_by_name_and_by_path(tmp_path):
 
 
 def test_what_is_not_there_is_refused_with_a_hint(tmp_path):
-    with pytest.raises(UserError, match="called 'caption'; there are .*Did you mean 'captions'"):
+    with pytest.raises(UserError, match=r"called 'caption'; there are .*Did you mean 'captions'"):
         recipes.find("data_prep", "caption")
-    with pytest.raises(UserError, match="There is no file .*gone.py; `vlkd cp"):
+    with pytest.raises(UserError, match=r"There is no file .*gone.py; `vlkd cp"):
         recipes.find("tasks", str(tmp_path / "gone.py"))
 
 

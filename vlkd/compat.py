@@ -1,8 +1,9 @@
 """Work around a torchvision wheel whose compiled operators do not match the installed torch.
 
-A CPU build of torch next to the registry's CUDA build of torchvision is a common pair: torchvision's extension then cannot
-load, and its import fails on one line that registers shape functions for `nms` without checking that the operator is
-there. timm and open_clip import torchvision for its Python transforms alone, which work without the extension.
+A CPU build of torch next to the registry's CUDA build of torchvision is a common pair: torchvision's extension then
+cannot load, and its import fails on one line that registers shape functions for `nms` without checking that the
+operator is there. timm and open_clip import torchvision for its Python transforms alone, which work without the
+extension.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ _KEEP_ALIVE: list[torch.library.Library] = []
 
 
 def allow_torchvision_without_operators() -> None:
-    """Declare the schemas of torchvision's `nms` if the extension cannot load, so that `import torchvision` succeeds."""
+    """Declare the schemas of torchvision's `nms` if its extension cannot load, so that it can be imported."""
     spec = importlib.util.find_spec("torchvision")
     if spec is None or spec.origin is None or _KEEP_ALIVE:
         return

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from helpers.tiny_models import CAPTIONS, tiny_composite, tiny_tokenizer
 from torch import nn
 
-from helpers.tiny_models import CAPTIONS, tiny_composite, tiny_tokenizer
 from vlkd.data.loader import Batch, Consumer, SampleSequence
 from vlkd.data.sources import Pairs
 from vlkd.data.views import ViewSettings

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from helpers.distilling import batch_of, sequence_of, terms_of, tiny_student, tiny_teachers
 from safetensors.torch import save_file
 from torch import Tensor
 
-from helpers.distilling import batch_of, sequence_of, terms_of, tiny_student, tiny_teachers
 from vlkd.data.sources import Pairs
 from vlkd.distill.distiller import Distiller
 from vlkd.distill.teachers import OnlineTeacher

@@ -17,8 +17,8 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="vlkd demo",
         description="Draw captioned scenes, distil a small retriever from the shipped teacher, train the same student "
-        "without it, compare them on scenes neither has seen, and index these for search. Needs no network; about three "
-        "minutes on two cores. Needs the extra: pip install 'vlkd[demo]'.",
+        "without it, compare them on scenes neither has seen, and index these for search. Needs no network; about "
+        "three minutes on two cores. Needs the extra: pip install 'vlkd[demo]'.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -41,6 +41,6 @@ def main(argv: Sequence[str]) -> None:
         ("student with the teacher", result.distilled),
     ):
         print(f"{name:<28} {100 * row['mean_hit@1']:5.1f} {100 * row['mean_hit@10']:8.1f}")
-    print(f"\nreport: {result.report}\ntry:    vlkd search {result.index} \"a red umbrella\"   ({result.seconds:.0f} s)")
+    print(f'\nreport: {result.report}\ntry:    vlkd search {result.index} "a red umbrella"   ({result.seconds:.0f} s)')
     if args.json:
         print(json.dumps(asdict(result), default=str, allow_nan=False))

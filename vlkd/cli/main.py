@@ -29,7 +29,8 @@ EXAMPLES = """examples:
 def usage() -> str:
     """The help text."""
     verbs = "\n".join(f"  {name:<8} {summary}" for name, summary in VERBS.items())
-    return f"vlkd {__version__}: large vision-language teachers into small models\n\nusage: vlkd VERB ...\n\n{verbs}\n\n{EXAMPLES}"
+    title = f"vlkd {__version__}: large vision-language teachers into small models"
+    return f"{title}\n\nusage: vlkd VERB ...\n\n{verbs}\n\n{EXAMPLES}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

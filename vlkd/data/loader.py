@@ -35,8 +35,8 @@ class Batch:
         captioned: (B,) bool, true where a caption was drawn; T of them are.
         texts: (T,) the drawn captions' numbers among all captions of the table, in the order of their images.
         caption_ids: (T,) equal for equal strings.
-        inputs: per model name its `pixels`, `ids` and `mask`; image rows are B, text rows are T, or one blank text where
-            T = 0, so that a rank without captions runs (and gathers) what the others do.
+        inputs: per model name its `pixels`, `ids` and `mask`; image rows are B, text rows are T, or one blank text
+            where T = 0, so that a rank without captions runs (and gathers) what the others do.
         bad: keys of images that could not be decoded and were left out.
     """
 

@@ -150,7 +150,7 @@ def print_summary(summary: Mapping[str, Any], *, as_json: bool) -> None:
         print(f"{summary['bad']} unreadable pictures are listed in {Path(summary['out']) / BAD_SAMPLES}")
 
 
-def _encoded(image: Image.Image, kind: str, **options: Any) -> bytes:  # noqa: ANN401 (Pillow's own options)
+def _encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
     with io.BytesIO() as stream:
         image.save(stream, format=kind, **options)
         return stream.getvalue()
@@ -171,7 +171,7 @@ def _write_lines(path: Path, rows: Iterable[Mapping[str, str]]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def _counted(samples: Iterable[RawSample], progress: Any) -> Iterator[RawSample]:  # noqa: ANN401 (tqdm has no types)
+def _counted(samples: Iterable[RawSample], progress: Any) -> Iterator[RawSample]:
     for sample in samples:
         yield sample
         progress.update()

@@ -79,7 +79,7 @@ class Pairs:
 
 
 def open_pairs(ref: str) -> Pairs:
-    """Open one source: a folder or a glob of shards, one tar, a captions JSONL or CSV, a Karpathy JSON, an image folder.
+    """Open one source: a folder, glob or file of shards, a captions JSONL or CSV, a Karpathy JSON, an image folder.
 
     Args:
         ref: a path; `PATH#SPLIT` takes one split of a captions file or a Karpathy JSON, or the folder `PATH/SPLIT`.

@@ -132,10 +132,10 @@ def stored_teacher(
 ) -> StoredTeacher:
     """Run a model once over K views of every image and over every caption, or read what an earlier call stored.
 
-    The file's name holds a hash of the model's weights, the data, the views and the precision, so that a stale or foreign
-    one is never found; drawn views are part of it, so that features of views drawn in another way are stale, too. Text
-    features come from the un-augmented captions; a picture that cannot be decoded leaves zeros, and no batch will hold
-    it.
+    The file's name holds a hash of the model's weights, the data, the views and the precision, so that a stale or
+    foreign one is never found; drawn views are part of it, so that features of views drawn in another way are stale,
+    too. Text features come from the un-augmented captions; a picture that cannot be decoded leaves zeros, and no batch
+    will hold it.
     """
     fingerprint = hashlib.sha256(
         repr(

@@ -1,4 +1,4 @@
-"""Checkpoints: folders of safetensors and JSON, written beside their place and renamed, so that each one found is whole."""
+"""Checkpoints: folders of safetensors and JSON, written beside their place and renamed: each one found is whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole of journey 1 offline: scenes drawn from named icons, the shipped teacher, two students, an index, a report."""
+"""Journey 1 offline: scenes drawn from named icons, the shipped teacher, two students, an index, a report."""
 
 from __future__ import annotations
 
@@ -70,7 +70,9 @@ def run_demo(out: Path, *, seed: int = 0, samples: int = 24_000) -> DemoResult:
     print("1/4  drawing scenes of named icons", flush=True)
     for split, count in SCENES.items():
         if not (out / "scenes" / split / "manifest.json").is_file():
-            scenes = generate_scenes("icons", count=count, seed=100 + seed, split=split, image_size=64, vocabulary=VOCABULARY)
+            scenes = generate_scenes(
+                "icons", count=count, seed=100 + seed, split=split, image_size=64, vocabulary=VOCABULARY
+            )
             write_shards(scenes, out / "scenes" / split)
     data = [f"data.train={out}/scenes/train", f"data.val={out}/scenes/val", f"data.test={out}/scenes/test"]
     shared = [*data, *STUDENT, f"seed={seed}", f"train.samples={samples}", f"train.precision={fast_precision()}"]
@@ -109,7 +111,8 @@ def fast_precision() -> str:
     """bf16 where the processor computes in it, else fp32."""
     import torch
 
-    return "bf16" if torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported() else "fp32"
+    onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return "bf16" if onednn and torch.cpu._is_avx512_bf16_supported() else "fp32"
 
 
 def build_index(out: Path, student: Path) -> Path:

@@ -72,7 +72,11 @@ def train(
     started = last_saved = last_logged = time.perf_counter()
     next_evaluation = _next(stream.position, settings.eval_samples)
     bar = tqdm(
-        total=stream.samples, initial=stream.position, unit="sample", desc="training", disable=not accelerator.is_main_process
+        total=stream.samples,
+        initial=stream.position,
+        unit="sample",
+        desc="training",
+        disable=not accelerator.is_main_process,
     )
     distiller.train()
     for batch in stream:
@@ -108,7 +112,11 @@ def train(
             accelerator.log({f"val/{name}": value for name, value in figures.items()}, step=step)
         if accelerator.is_main_process and (ended or time.perf_counter() - last_saved >= 60 * settings.save_minutes):
             save_checkpoint(
-                folder / "checkpoints", step, modules=modules, optimizer=optimizer, state={"stream": stream.state_dict()}
+                folder / "checkpoints",
+                step,
+                modules=modules,
+                optimizer=optimizer,
+                state={"stream": stream.state_dict()},
             )
             last_saved = time.perf_counter()
         if ended:

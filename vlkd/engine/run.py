@@ -47,7 +47,7 @@ class Teaching:
 
 
 def run_recipe(recipe: ModuleType, assignments: Sequence[str]) -> Path:
-    """Run `recipe.config()`, changed by `key=value` assignments, with `recipe.terms(config)`; returns the output folder.
+    """Run `recipe.config()`, changed by `key=value` assignments, with `recipe.terms(config)`; returns its folder.
 
     Raises:
         UserError: a setting, a path, a model or the data are not as expected.

@@ -29,14 +29,20 @@ def shrink_to_smoke(config: Run) -> Run:
         data=replace(config.data, train=(f"{data}/train",), val=f"{data}/val", test=f"{data}/val", workers=0),
         model=replace(MODEL, image_projection=config.model.image_projection),
         student=replace(config.student, start=""),
-        teachers=replace(config.teachers, refs=teachers, folder=str(data / "features"), views=min(config.teachers.views, 2)),
-        train=replace(config.train, samples=48, batch_size=16, log_steps=1, device="cpu", precision="fp32", trackers=()),
+        teachers=replace(
+            config.teachers, refs=teachers, folder=str(data / "features"), views=min(config.teachers.views, 2)
+        ),
+        train=replace(
+            config.train, samples=48, batch_size=16, log_steps=1, device="cpu", precision="fp32", trackers=()
+        ),
         report=replace(config.report, compare=()),
     )
 
 
 def _untrained_teacher(folder: Path) -> str:
     if not folder.is_dir():
-        captions = [text for scene in generate_scenes("shapes", count=20, seed=0, split="train") for text in scene.captions]
+        captions = [
+            text for scene in generate_scenes("shapes", count=20, seed=0, split="train") for text in scene.captions
+        ]
         build_composite(MODEL, tokenizer=train_tokenizer(captions, vocab_size=200)).save(folder)
     return str(folder)
