@@ -14,6 +14,7 @@ import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -32,36 +33,54 @@ STUDENT = [
     "teachers.views=4",
 ]
 DATASETS = {
-    "coco": ["train.samples=40000", "data.keep_short_side=96"],
-    "emoji": ["train.samples=40000", "data.keep_short_side=64"],
+    "coco": ["train.samples=48000", "data.keep_short_side=96"],
+    "emoji": ["train.samples=20000", "data.keep_short_side=64", "views.flip=0"],
 }
-MIX = ["method.matching=8", "method.relational=2", "method.contrastive=0.5"]
-VARIANTS: dict[str, tuple[int, list[str]]] = {
-    "alone": (0, []),
-    "matching, one teacher": (1, ["method.matching=4", "method.contrastive=0"]),
-    "relational KL, one teacher": (1, ["method.relational=1"]),
-    "best mix, one teacher": (1, ["method.matching=4", "method.relational=1"]),
-    "best mix, two teachers": (2, ["method.matching=4", "method.relational=1"]),
+TUNED = ["train.batch_size=64", "train.lr=0.003", "train.weight_decay=0.05", "method.contrastive=0.5"]
+MATCHING, RELATIONAL = "method.matching=8", "method.relational=2"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How many teachers, which changes, and whether images without captions have a term to take part in."""
+
+    teachers: int
+    changes: list[str]
+    unlabelled: bool = False
+
+
+VARIANTS = {
+    "matching, one teacher": Variant(1, [*TUNED, MATCHING], unlabelled=True),
+    "relational KL, one teacher": Variant(1, [*TUNED, RELATIONAL]),
+    "mix, one teacher": Variant(1, [*TUNED, MATCHING, RELATIONAL], unlabelled=True),
+    "mix, two teachers": Variant(2, [*TUNED, MATCHING, RELATIONAL], unlabelled=True),
+    "alone": Variant(0, ["train.batch_size=128", "train.lr=0.001"]),
 }
-TRIALS: dict[str, tuple[int, list[list[str]]]] = {
-    "alone": (
-        0,
-        [
-            ["train.batch_size=128", "train.lr=0.001"],
-            ["train.batch_size=64", "train.lr=0.003", "train.weight_decay=0.05"],
-            ["train.batch_size=64", "train.lr=0.001", "views.crop_scale=0.3,1"],
-            ["train.batch_size=128", "train.lr=0.002", "train.ema=0.99", "views.color=0.3"],
-        ],
-    ),
-    "mix": (
-        1,
-        [
-            ["train.batch_size=128", "train.lr=0.002", "method.matching=4", "method.relational=1"],
-            ["train.batch_size=64", "train.lr=0.003", "train.weight_decay=0.05", *MIX],
-            ["train.batch_size=64", "train.lr=0.003", "train.ema=0.99", *MIX[:2], "method.contrastive=0.1"],
-            ["train.batch_size=32", "train.lr=0.002", "train.weight_decay=0.05", *MIX],
-        ],
-    ),
+TRIALS = {
+    "alone": [
+        Variant(0, ["train.batch_size=128", "train.lr=0.001"]),
+        Variant(0, ["train.batch_size=64", "train.lr=0.003", "train.weight_decay=0.05"]),
+        Variant(0, ["train.batch_size=64", "train.lr=0.001", "views.crop_scale=0.3,1"]),
+        Variant(0, ["train.batch_size=128", "train.lr=0.002", "train.ema=0.99", "views.color=0.3"]),
+    ],
+    "mix": [
+        Variant(1, ["train.batch_size=128", "train.lr=0.001", "method.matching=4"], unlabelled=True),
+        Variant(
+            1, ["train.batch_size=128", "train.lr=0.002", "method.matching=4", "method.relational=1"], unlabelled=True
+        ),
+        Variant(
+            1,
+            [
+                "train.batch_size=64",
+                "train.lr=0.003",
+                "train.weight_decay=0.05",
+                "method.matching=4",
+                "method.relational=1",
+            ],
+            unlabelled=True,
+        ),
+        Variant(1, [*TUNED, MATCHING, RELATIONAL], unlabelled=True),
+    ],
 }
 
 
@@ -83,7 +102,7 @@ def main() -> None:
     jobs = [(name, seed) for seed in range(args.seeds) for name in VARIANTS]
     with ThreadPoolExecutor(args.jobs) as pool:
         folders = list(
-            pool.map(lambda job: run(args, *VARIANTS[job[0]], folder_of(args, *job), job[1], test=True), jobs)
+            pool.map(lambda job: run(args, VARIANTS[job[0]], folder_of(args, *job), job[1], test=True), jobs)
         )
     rows: dict[str, list[dict]] = {}
     teachers: dict[str, dict] = {}
@@ -101,13 +120,14 @@ def folder_of(args: argparse.Namespace, name: str, seed: int) -> Path:
     return args.out / args.dataset / f"{name.replace(', ', '-').replace(' ', '_')}-{seed}"
 
 
-def run(args: argparse.Namespace, teachers: int, changes: list[str], out: Path, seed: int, *, test: bool) -> Path:
+def run(args: argparse.Namespace, variant: Variant, out: Path, seed: int, *, test: bool) -> Path:
     """One training run in a process of its own, on one thread."""
     if (out / "results.jsonl").is_file():
         return out
-    refs = args.teachers.split(",")[:teachers]
-    train = f"{args.data}/train" + (f",{args.unlabelled}" if teachers and args.unlabelled else "")
-    command = [sys.executable, "-m", "vlkd.cli.main", "train", "retriever", *STUDENT, *DATASETS[args.dataset], *changes]
+    refs = args.teachers.split(",")[: variant.teachers]
+    train = f"{args.data}/train" + (f",{args.unlabelled}" if variant.unlabelled and args.unlabelled else "")
+    command = [sys.executable, "-m", "vlkd.cli.main", "train", "retriever", *STUDENT, *DATASETS[args.dataset]]
+    command += variant.changes
     command += [f"data.train={train}", f"data.val={args.data}/val", f"seed={seed}", f"out={out}"]
     command += [f"data.test={args.data}/test"] if test else []
     command += [f"teachers.refs={','.join(refs)}"] if refs else []
@@ -119,25 +139,23 @@ def run(args: argparse.Namespace, teachers: int, changes: list[str], out: Path, 
 
 
 def tune(args: argparse.Namespace) -> None:
-    """Equal numbers of trials per variant, one seed, figures on val."""
-    jobs = [(name, i) for name, (_, trials) in TRIALS.items() for i in range(len(trials))]
+    """Equal numbers of trials per method, one seed, figures on val."""
+    jobs = [(name, i) for name, trials in TRIALS.items() for i in range(len(trials))]
 
-    def one(job: tuple[str, int]) -> tuple[str, list[str], dict]:
+    def one(job: tuple[str, int]) -> tuple[str, Variant, dict]:
         name, i = job
-        teachers, trials = TRIALS[name]
         out = args.out / f"{args.dataset}-tune" / f"{name}-{i}"
-        results = run(args, teachers, trials[i], out, 0, test=False) / "results.jsonl"
-        row = json.loads(results.read_text().splitlines()[0])
-        return name, trials[i], row
+        results = run(args, TRIALS[name][i], out, 0, test=False) / "results.jsonl"
+        return name, TRIALS[name][i], json.loads(results.read_text().splitlines()[0])
 
     with ThreadPoolExecutor(args.jobs) as pool:
-        for name, changes, row in pool.map(one, jobs):
-            words = " ".join(changes)
-            print(f"{name:<10} {words:<90} {100 * row['mean_hit@1']:5.1f} {100 * row['mean_hit@10']:5.1f}", flush=True)
+        for name, variant, row in pool.map(one, jobs):
+            figures = f"{100 * row['mean_hit@1']:5.1f} {100 * row['mean_hit@10']:5.1f}"
+            print(f"{name:<8} {' '.join(variant.changes):<90} {figures}", flush=True)
 
 
 def print_table(rows: dict[str, list[dict]], teachers: dict[str, dict]) -> None:
-    """Markdown: mean over seeds, interval from a bootstrap over images (paired: the same draws for all), spread, cost."""
+    """Markdown: mean over seeds, interval from a bootstrap over images (the same draws for all), spread, cost."""
     print("| model | hit@1 | hit@10 | seeds' standard deviation of hit@1 | minutes |\n|---|---|---|---|---|")
     for name, row in teachers.items():
         print(f"| teacher {Path(name).name} | {cell([row], 1)} | {cell([row], 10)} | | |")

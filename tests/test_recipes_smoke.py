@@ -171,7 +171,7 @@ main(sys.argv[2:])
 
 @pytest.fixture(scope="module")
 def long_run(tmp_path_factory):
-    """Settings of twelve steps with dropout, augmentation, averaged weights and a held teacher, and where they ended."""
+    """Settings of twelve steps with dropout, augmentation, averaged weights and a held teacher; where they ended."""
     place = tmp_path_factory.mktemp("long")
     task = recipes.load(recipes.find("tasks", "retriever"))
     words = ["teachers.refs=first", "method.matching=1", "method.relational=1", "train.ema=0.9"]
