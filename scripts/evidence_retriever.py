@@ -33,7 +33,7 @@ STUDENT = [
     "teachers.views=4",
 ]
 DATASETS = {
-    "coco": ["train.samples=48000", "data.keep_short_side=96"],
+    "coco": ["train.samples=60000", "data.keep_short_side=96"],
     "emoji": ["train.samples=20000", "data.keep_short_side=64", "views.flip=0"],
 }
 TUNED = ["train.batch_size=64", "train.lr=0.003", "train.weight_decay=0.05", "method.contrastive=0.5"]
@@ -54,7 +54,7 @@ VARIANTS = {
     "relational KL, one teacher": Variant(1, [*TUNED, RELATIONAL]),
     "mix, one teacher": Variant(1, [*TUNED, MATCHING, RELATIONAL], unlabelled=True),
     "mix, two teachers": Variant(2, [*TUNED, MATCHING, RELATIONAL], unlabelled=True),
-    "alone": Variant(0, ["train.batch_size=128", "train.lr=0.001"]),
+    "alone": Variant(0, ["train.batch_size=128", "train.lr=0.002", "train.ema=0.99", "views.color=0.3"]),
 }
 TRIALS = {
     "alone": [
@@ -129,7 +129,7 @@ def run(args: argparse.Namespace, variant: Variant, out: Path, seed: int, *, tes
     command = [sys.executable, "-m", "vlkd.cli.main", "train", "retriever", *STUDENT, *DATASETS[args.dataset]]
     command += variant.changes
     command += [f"data.train={train}", f"data.val={args.data}/val", f"seed={seed}", f"out={out}"]
-    command += [f"data.test={args.data}/test"] if test else []
+    command += [f"data.test={args.data}/test"] if test else ["train.samples=40000"]
     command += [f"teachers.refs={','.join(refs)}"] if refs else []
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.with_name(out.name + ".log").open("w") as log:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from vlkd import __version__
+from vlkd.cli.memory import keep_freed_memory
 from vlkd.errors import UserError
 
 VERBS = {
@@ -45,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if words[0] not in VERBS:
             raise UserError(f"vlkd has no verb {words[0]!r}; there are {', '.join(VERBS)}.")
+        keep_freed_memory()
         importlib.import_module(f"vlkd.cli.{words[0]}").main(words[1:])
     except UserError as error:
         print(f"vlkd: {error}", file=sys.stderr)

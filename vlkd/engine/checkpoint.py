@@ -39,7 +39,8 @@ def save_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"step-{step:08d}"
     temporary = folder / f".step-{step:08d}.{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
+    for torn in folder.glob(".step-*"):
+        shutil.rmtree(torn, ignore_errors=True)
     temporary.mkdir()
     for name, module in modules.items():
         save_file(contiguous(module.state_dict()), str(temporary / f"{name}.safetensors"))

@@ -118,13 +118,12 @@ def fast_precision() -> str:
 def build_index(out: Path, student: Path) -> Path:
     """A FAISS index of the test pictures, which are also written out as files to look at."""
     pairs = open_pairs(str(out / "scenes" / "test"))
-    pictures = out / "pictures"
+    pictures = (out / "pictures").resolve()
     pictures.mkdir(exist_ok=True)
-    paths = []
-    for key, file in zip(pairs.keys, pairs.files, strict=True):
-        paths.append(str(pictures / f"{key}.jpg"))
-        Path(paths[-1]).write_bytes(file.read())
+    paths = [str(pictures / f"{key}.jpg") for key in pairs.keys]
+    for path, file in zip(paths, pairs.files, strict=True):
+        Path(path).write_bytes(file.read())
     encoded = encode_images(load(str(student)), pairs)
-    index = SearchIndex.build(encoded.embed, [paths[i] for i in encoded.index.tolist()], model=str(student))
-    index.save(out / "index")
+    found = [paths[i] for i in encoded.index.tolist()]
+    SearchIndex.build(encoded.embed, found, model=str(student.resolve())).save(out / "index")
     return out / "index"
