@@ -30,11 +30,10 @@ STUDENT = [
     "model.context_length=20",
     "model.width=256",
     "train.precision=bf16",
-    "teachers.views=4",
 ]
 DATASETS = {
-    "coco": ["train.samples=60000", "data.keep_short_side=96"],
-    "emoji": ["train.samples=20000", "data.keep_short_side=64", "views.flip=0"],
+    "coco": ["train.samples=60000", "data.keep_short_side=96", "teachers.views=4"],
+    "emoji": ["train.samples=20000", "data.keep_short_side=64", "views.flip=0", "teachers.views=2"],
 }
 TUNED = ["train.batch_size=64", "train.lr=0.003", "train.weight_decay=0.05", "method.contrastive=0.5"]
 MATCHING, RELATIONAL = "method.matching=8", "method.relational=2"

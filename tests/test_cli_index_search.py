@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers.tiny_models import tiny_composite, tiny_images
 from PIL import Image
 
@@ -191,3 +192,15 @@ def test_search_refuses_in_one_sentence(model, photos, tmp_path, capsys):
 
 def test_the_help_names_every_kind():
     assert index_verb.KINDS == KINDS
+
+
+def test_an_index_of_a_model_that_was_trained_on_since_is_refused(tmp_path, photos, capsys):
+    folder = tmp_path / "student"
+    tiny_composite().save(folder)
+    run(capsys, "index", "--model", folder, "--images", photos, "--out", tmp_path / "idx")
+    other = tiny_composite()
+    with torch.no_grad():
+        next(other.image_tower.parameters()).add_(0.5)
+    other.save(folder)
+    assert "other weights than when the index was built" in refused(capsys, "search", tmp_path / "idx", QUERIES[0])
+    assert run_json(capsys, "search", tmp_path / "idx", QUERIES[0], "--model", folder)["results"]

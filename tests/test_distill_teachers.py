@@ -11,8 +11,9 @@ from helpers.pairs import picture_pairs
 
 from vlkd.data.views import ViewSettings
 from vlkd.distill import teachers as module
-from vlkd.distill.teachers import OnlineTeacher, StoredTeacher, model_fingerprint, stored_teacher
+from vlkd.distill.teachers import OnlineTeacher, StoredTeacher, stored_teacher
 from vlkd.errors import UserError
+from vlkd.models.base import model_fingerprint
 
 WANT = frozenset({"image.embed", "text.embed", "image.pooled", "text.pooled", "logit_scale"})
 

@@ -133,19 +133,33 @@ def add_images(index: SearchIndex | None, args: argparse.Namespace) -> tuple[Sea
 def _encode_into(
     index: SearchIndex | None, source: Pairs, args: argparse.Namespace, figures: dict[str, Any]
 ) -> tuple[SearchIndex, dict[str, Any]]:
+    from vlkd.models.base import model_fingerprint
     from vlkd.models.load import load
     from vlkd.retrieval.encode import encode_images
     from vlkd.retrieval.index import IndexSettings, SearchIndex
 
     reference = index.model if index is not None else model_reference(args.model)
-    encoded = encode_images(load(reference), source, batch_size=args.batch_size)
+    model = load(reference)
+    fingerprint = model_fingerprint(model)
+    if index is not None:
+        check_fingerprint(index, fingerprint)
+    encoded = encode_images(model, source, batch_size=args.batch_size)
     paths = [source.keys[i] for i in encoded.index]
     if index is None:
         settings = IndexSettings(kind=args.type or "flat")
-        index = SearchIndex.build(encoded.embed, paths, model=reference, settings=settings)
+        index = SearchIndex.build(encoded.embed, paths, model=reference, fingerprint=fingerprint, settings=settings)
     else:
         index.add(encoded.embed, paths)
     return index, figures | {"added": len(paths), "unreadable": [list(bad) for bad in encoded.bad]}
+
+
+def check_fingerprint(index: SearchIndex, fingerprint: str) -> None:
+    """Raise `UserError` if the model behind the index's reference has other weights than when the index was built."""
+    if index.fingerprint and index.fingerprint != fingerprint:
+        raise UserError(
+            f"The model {index.model} has other weights than when the index was built (found {fingerprint}, expected "
+            f"{index.fingerprint}); build the index again."
+        )
 
 
 def model_reference(ref: str) -> str:

@@ -81,7 +81,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def search(index: SearchIndex, args: argparse.Namespace) -> list[Answer]:
     """Encode the queries, texts first, and look each of them up."""
+    from vlkd.cli.index import check_fingerprint
     from vlkd.data.images import open_image
+    from vlkd.models.base import model_fingerprint
     from vlkd.models.load import load
 
     images = [open_image(path) for path in args.image]
@@ -92,6 +94,8 @@ def search(index: SearchIndex, args: argparse.Namespace) -> list[Answer]:
             f"The model {ref} gives vectors of width {model.width}, the index {args.index} holds {index.width}; "
             "search with the model that made it, or build the index again."
         )
+    if not args.model:
+        check_fingerprint(index, model_fingerprint(model))
     answers = []
     if args.queries:
         for text, vector in zip(args.queries, model.encode_text(args.queries), strict=True):

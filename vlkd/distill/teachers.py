@@ -21,7 +21,7 @@ from vlkd.data.sources import Pairs
 from vlkd.data.views import ViewSettings, geometry, view_of
 from vlkd.errors import UserError
 from vlkd.features import DualEncoder, Preprocessing
-from vlkd.models.base import DualEncoderModule, evaluating
+from vlkd.models.base import DualEncoderModule, evaluating, model_fingerprint
 
 
 class Teacher(Protocol):
@@ -103,17 +103,6 @@ def trim_texts(features: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor
         name: value.float()[: len(batch.texts)] if name.startswith("text.") else value.float()
         for name, value in features.items()
     }
-
-
-def model_fingerprint(model: DualEncoderModule) -> str:
-    """A hash of all weights and of the preprocessing."""
-    state = hashlib.sha256(repr((model.preprocessing.image_size, model.preprocessing.context_length)).encode())
-    settings = getattr(model, "settings", None)
-    state.update(repr(settings).encode())
-    for name, value in sorted(model.state_dict().items()):
-        state.update(name.encode())
-        state.update(value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
-    return state.hexdigest()[:16]
 
 
 def stored_teacher(

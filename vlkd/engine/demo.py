@@ -12,6 +12,7 @@ from vlkd.data.scenes import generate_scenes
 from vlkd.data.shards import write_shards
 from vlkd.data.sources import open_pairs
 from vlkd.engine.run import run_recipe
+from vlkd.models.base import model_fingerprint
 from vlkd.models.load import load
 from vlkd.retrieval.encode import encode_images
 from vlkd.retrieval.index import SearchIndex
@@ -33,6 +34,7 @@ STUDENT = (
     "student.vocab_size=1500",
     "train.batch_size=128",
     "train.lr=0.003",
+    "train.eval_samples=6000",
     "train.save_minutes=1",
 )
 
@@ -123,7 +125,9 @@ def build_index(out: Path, student: Path) -> Path:
     paths = [str(pictures / f"{key}.jpg") for key in pairs.keys]
     for path, file in zip(paths, pairs.files, strict=True):
         Path(path).write_bytes(file.read())
-    encoded = encode_images(load(str(student)), pairs)
+    model = load(str(student))
+    encoded = encode_images(model, pairs)
     found = [paths[i] for i in encoded.index.tolist()]
-    SearchIndex.build(encoded.embed, found, model=str(student.resolve())).save(out / "index")
+    place, fingerprint = str(student.resolve()), model_fingerprint(model)
+    SearchIndex.build(encoded.embed, found, model=place, fingerprint=fingerprint).save(out / "index")
     return out / "index"

@@ -70,6 +70,7 @@ def train(
     model, optimizer = accelerator.prepare(distiller, optimizer)
     best = averaged.module if averaged else distiller.student
     started = last_saved = last_logged = time.perf_counter()
+    logged_position = stream.position
     next_evaluation = _next(stream.position, settings.eval_samples)
     bar = tqdm(
         total=stream.samples,
@@ -100,8 +101,10 @@ def train(
         bar.update(stream.batch_size)
         ended = step == steps
         if log and (step % settings.log_steps == 0 or ended):
-            last_logged = time.perf_counter()
-            row = _figures(distiller, losses, total, norm, rate) | {"seconds": last_logged - started}
+            now = time.perf_counter()
+            row = _figures(distiller, losses, total, norm, rate)
+            row["samples_per_second"] = (stream.position - logged_position) / (now - last_logged)
+            last_logged, logged_position = now, stream.position
             bar.set_postfix({"loss": f"{row['loss']:.3f}", "lr": f"{rate:.1e}"}, refresh=False)
             log.write(step, stream.position, row)
             accelerator.log(row, step=step)

@@ -78,7 +78,7 @@ def write_report(config: Run, folder: Path, evaluated: Sequence[Evaluated], pair
         notes.append(
             f"Held-out set: {config.data.test or config.data.val}, {result.images} images and {result.captions} "
             f"captions, {result.duplicate_captions} of them repeats. hit@k: the share of queries with a right answer "
-            "among the first k, mean of both directions; brackets hold 95 % intervals from a bootstrap over images."
+            "among the first k, mean of both directions; below it the 95 % interval from a bootstrap over images."
         )
     return write_run_report(
         folder,

@@ -77,15 +77,30 @@ class SearchIndex:
     stays in the graph, is filtered from every search, and the graph is rebuilt once a fifth of it is removed vectors.
     """
 
-    def __init__(self, index: Any, paths: dict[int, str], *, model: str, settings: IndexSettings, next_id: int) -> None:
+    def __init__(
+        self,
+        index: Any,
+        paths: dict[int, str],
+        *,
+        model: str,
+        fingerprint: str,
+        settings: IndexSettings,
+        next_id: int,
+    ) -> None:
         """Use `build` or `load`; here `index` is the FAISS index and `paths` maps the live ids, ascending, to paths."""
         self._index, self._paths, self._next_id = index, paths, next_id
         self._ids = {path: number for number, path in paths.items()}
-        self.model, self.settings = model, settings
+        self.model, self.fingerprint, self.settings = model, fingerprint, settings
 
     @classmethod
     def build(
-        cls, embeddings: Vectors, paths: Sequence[str], *, model: str, settings: IndexSettings | None = None
+        cls,
+        embeddings: Vectors,
+        paths: Sequence[str],
+        *,
+        model: str,
+        fingerprint: str = "",
+        settings: IndexSettings | None = None,
     ) -> SearchIndex:
         """Index embeddings (N, D), which are normalised here, under their paths.
 
@@ -93,6 +108,7 @@ class SearchIndex:
             embeddings: (N, D).
             paths: N different names, for example file paths, or a shard's path with the sample's key.
             model: reference of the model that made the embeddings.
+            fingerprint: a hash of its weights, so that a model that changed since is noticed; "" for none.
             settings: kind and parameters.
 
         Raises:
@@ -100,7 +116,7 @@ class SearchIndex:
         """
         chosen = settings or IndexSettings()
         vectors = normalize(check_embeddings(embeddings, "embeddings")).numpy()
-        index = cls(_empty(vectors, chosen), {}, model=model, settings=chosen, next_id=0)
+        index = cls(_empty(vectors, chosen), {}, model=model, fingerprint=fingerprint, settings=chosen, next_id=0)
         index.add(vectors, paths)
         return index
 
@@ -174,7 +190,14 @@ class SearchIndex:
         vectors = check_embeddings(self.vectors(), "vectors of the index").numpy()
         index = _empty(vectors, settings)
         index.add_with_ids(vectors, np.fromiter(self._paths, np.int64, len(self)))
-        return SearchIndex(index, dict(self._paths), model=self.model, settings=settings, next_id=self._next_id)
+        return SearchIndex(
+            index,
+            dict(self._paths),
+            model=self.model,
+            fingerprint=self.fingerprint,
+            settings=settings,
+            next_id=self._next_id,
+        )
 
     def search(self, query: Vectors, k: int) -> list[Hit]:
         """The k items most similar to one query, best first, equal scores by id; all items if k is more than that.
@@ -245,6 +268,7 @@ class SearchIndex:
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "model": self.model,
+            "fingerprint": self.fingerprint,
             "width": self.width,
             "metric": "cosine: inner product of normalised float32 vectors",
             "settings": asdict(self.settings),
@@ -275,7 +299,12 @@ class SearchIndex:
                 f"({about['count']} items, width {about['width']}); build the index again."
             )
         return cls(
-            index, paths, model=about["model"], settings=IndexSettings(**about["settings"]), next_id=about["next_id"]
+            index,
+            paths,
+            model=about["model"],
+            fingerprint=about["fingerprint"],
+            settings=IndexSettings(**about["settings"]),
+            next_id=about["next_id"],
         )
 
 
