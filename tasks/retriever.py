@@ -17,6 +17,7 @@ from typing import Literal
 
 from vlkd.distill.term import Term
 from vlkd.engine.settings import Run
+from vlkd.errors import UserError
 from vlkd.objectives import embedding_cosine, embedding_mse, info_nce, interactive_contrastive, relational_kl
 
 
@@ -53,8 +54,17 @@ def config() -> Retriever:
 
 
 def terms(cfg: Retriever) -> tuple[Term, ...]:
-    """One contrastive term, and per teacher those whose weight is not 0."""
+    """One contrastive term, and per teacher those whose weight is not 0.
+
+    Raises:
+        UserError: a weight asks for a teacher and none is named, or teachers are named and no weight asks for them.
+    """
     method = cfg.method
+    asked = any((method.matching, method.relational, method.interactive))
+    if asked and not cfg.teacher_names:
+        raise UserError("method.matching, relational and interactive match a teacher; name one with teachers.refs=REF.")
+    if cfg.teacher_names and not asked:
+        raise UserError("Teachers are named but matched by no term; set for instance method.matching=8.")
     chosen = [
         Term(
             name="contrastive",

@@ -81,9 +81,9 @@ class Distiller(nn.Module):
         return term.weight * self.weights.get(term.teacher, 1.0)
 
     def total(self, losses: Mapping[str, Tensor]) -> Tensor:
-        """The weighted sum of the losses of one batch, ()."""
+        """The weighted sum of the losses of one batch, (); zero where no sample takes part in any term."""
         parts = [self.weight_of(term) * losses[term.name] for term in self.terms if term.name in losses]
-        return torch.stack(parts).sum()
+        return torch.stack(parts).sum() if parts else 0.0 * self.student.scale_features()["logit_scale"]
 
     def _student_features(self, batch: Batch) -> dict[str, Tensor]:
         want = self.wanted_of_student

@@ -103,14 +103,16 @@ def claim_folder(config: Run) -> Path:
     folder = Path(config.out)
     settings = settings_module.to_json(config)
     stored = folder / "config.json"
-    if stored.is_file():
+    # What stopped before its first step left nothing but its settings: a corrected command may have the folder.
+    begun = folder.is_dir() and any(path.name != "config.json" for path in folder.iterdir())
+    if stored.is_file() and begun:
         found = settings_module.differences(json.loads(stored.read_text()), json.loads(json.dumps(settings)))
         if found:
             raise UserError(
                 f"{folder} belongs to a run with other settings ({'; '.join(found[:4])}); "
                 "give the same ones to continue it, or another out=FOLDER."
             )
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif begun:
         raise UserError(f"{folder} holds files that are no run's; give a new or empty folder with out=FOLDER.")
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".config.json.{os.getpid()}"

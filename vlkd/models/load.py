@@ -72,6 +72,6 @@ def load_named(ref: str) -> DualEncoderModule:
     if separator and family == "timm":
         raise UserError(
             f"{ref!r} is an image tower without a text tower, expected a dual encoder; "
-            f"use it as the image tower of a student (student.image={rest}) or of a prepared teacher."
+            f"use it as the image tower of a student (model.image={rest}) or of a prepared teacher."
         )
     raise UserError(f"Found no model {ref!r}; expected {GRAMMAR}.")
