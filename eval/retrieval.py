@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from vlkd.retrieval.search import RetrievalResult
 
 EXAMPLES = """examples:
-  vlkd eval retrieval --model runs/student/model --data data/shards#test
-  vlkd eval retrieval --model runs/student/model teachers/large --data coco.json#val --out results.jsonl --json
+  vlkd eval retrieval --model runs/retriever/student --data data/shards#test
+  vlkd eval retrieval --model runs/retriever/student teachers/large --data coco.json#val --out results.jsonl --json
 """
 KS = (1, 5, 10)
 BOOTSTRAP_SEED = 0

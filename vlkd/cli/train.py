@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 
 from vlkd import recipes
@@ -26,6 +27,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("recipe", help=f"a name ({', '.join(recipes.names('tasks'))}) or your own .py file")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="changes of its settings")
     parser.add_argument("--settings", action="store_true", dest="show", help="list the settings and stop")
+    parser.add_argument("--json", action="store_true", help="end with one line of strict JSON: the folder, the figures")
     args = parser.parse_args(argv)
     path = recipes.find("tasks", args.recipe)
     if args.show:
@@ -36,7 +38,11 @@ def main(argv: Sequence[str]) -> None:
     import vlkd.models  # noqa: F401 - before anything imports torchvision
     from vlkd.engine.run import run_recipe
 
-    run_recipe(recipes.load(path), args.settings)
+    folder = run_recipe(recipes.load(path), args.settings)
+    if args.json:
+        results = folder / "results.jsonl"
+        rows = [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
+        print(json.dumps({"command": "train", "out": str(folder), "results": rows}, allow_nan=False))
 
 
 def show(settings: dict[str, object], prefix: str = "") -> None:
