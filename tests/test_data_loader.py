@@ -49,7 +49,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Pairs:
     return picture_pairs(tmp_path_factory.mktemp("pictures"), TEXTS)
 
 
-def same(left: Batch, right: Batch) -> None:
+def assert_same(left: Batch, right: Batch) -> None:
     assert (left.keys, left.bad) == (right.keys, right.bad)
     for name in ("rows", "views", "captioned", "texts", "caption_ids"):
         assert torch.equal(getattr(left, name), getattr(right, name)), name
@@ -83,7 +83,7 @@ def test_a_state_continues_without_repeat_or_gap(pairs, stop):
     second = BatchStream(sequence(pairs, wanted=consumers()), batch_size=3, samples=21)
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     for found, expected in zip(taken + list(second), whole, strict=True):
-        same(found, expected)
+        assert_same(found, expected)
 
 
 def test_the_state_counts_what_was_handed_out(pairs):
@@ -133,14 +133,14 @@ def test_workers_change_nothing(pairs):
         for workers in (0, 2)
     )
     for left, right in zip(alone, helped, strict=True):
-        same(left, right)
+        assert_same(left, right)
 
 
 def test_a_sequence_travels_to_a_spawned_worker(pairs):
     own = sequence(pairs, wanted=consumers())
     own[9]
     copy = pickle.loads(pickle.dumps(own))
-    same(copy.collate([copy[8], copy[1]]), own.collate([own[8], own[1]]))
+    assert_same(copy.collate([copy[8], copy[1]]), own.collate([own[8], own[1]]))
 
 
 def test_captions_belong_to_their_images_and_vary_by_epoch(pairs):

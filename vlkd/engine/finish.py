@@ -42,7 +42,9 @@ def finish(
     pairs: Pairs,
 ) -> None:
     """Export the student, evaluate it beside its teachers and `report.compare`, write results and report."""
-    student = outcome.student
+    # Everything is evaluated where the compared models are loaded.
+    distiller.cpu()
+    student = outcome.student.cpu()
     assert isinstance(student, CompositeModel)
     student.save(folder / "student", dtype=config.student.dtype, golden=True)
     entries = [Entry(role="student", name=str(folder / "student"), model=student)]
@@ -54,7 +56,7 @@ def finish(
                 mixed = with_text_of(student, ref, heads=(head,))
                 mixed.save(folder / f"student-with-text-of-{name}")
                 entries.append(Entry(role="student image, teacher text", name=name, model=mixed))
-    entries += [Entry(role="teacher", name=name, model=model) for name, model in teachers.items()]
+    entries += [Entry(role="teacher", name=name, model=model.cpu()) for name, model in teachers.items()]
     entries += [Entry(role="compared", name=ref, model=load(ref)) for ref in config.report.compare]
     rows: list[dict[str, Any]] = []
     place = config.data.test or config.data.val

@@ -25,7 +25,7 @@ from vlkd.models.composite import CompositeModel
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a loop leaves: the weights to export, the steps and samples done, the seconds of this process's share."""
+    """What a loop leaves: the weights to export, the steps and samples done, the seconds in the loop, those before a resume included."""
 
     student: DualEncoderModule
     step: int
@@ -57,13 +57,15 @@ def train(
         UserError: a loss is not finite; the sentence names the term and the samples.
     """
     steps = max(1, stream.samples // stream.batch_size)
+    # Before the averaged weights and the optimiser are made, so that all of them are on one device.
+    distiller.to(accelerator.device)
     optimizer = torch.optim.AdamW(parameter_groups(distiller, settings.weight_decay), lr=settings.lr, betas=(0.9, 0.98))
     averaged = AveragedWeights(distiller.student, settings.ema) if settings.ema else None
     modules: dict[str, nn.Module] = {"distiller": distiller} | ({"averaged": averaged.module} if averaged else {})
-    step = 0
+    step, earlier = 0, 0.0
     if found := whole_checkpoints(folder / "checkpoints"):
         state = load_checkpoint(found[-1], modules=modules, optimizer=optimizer)
-        step = state["step"]
+        step, earlier = state["step"], state["seconds"]
         stream.load_state_dict(state["stream"])
         accelerator.print(f"continuing from {found[-1]} ({stream.position} samples seen)")
     log = MetricsLog(folder / "metrics.jsonl", step) if accelerator.is_main_process else None
@@ -119,14 +121,14 @@ def train(
                 step,
                 modules=modules,
                 optimizer=optimizer,
-                state={"stream": stream.state_dict()},
+                state={"stream": stream.state_dict(), "seconds": earlier + time.perf_counter() - started},
             )
             last_saved = time.perf_counter()
         if ended:
             break
     bar.close()
     accelerator.wait_for_everyone()
-    return Outcome(student=best, step=step, samples=stream.position, seconds=max(last_logged - started, 0.0))
+    return Outcome(student=best, step=step, samples=stream.position, seconds=earlier + last_logged - started)
 
 
 def _next(position: int, interval: int) -> float:
