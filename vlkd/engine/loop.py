@@ -25,7 +25,14 @@ from vlkd.models.composite import CompositeModel
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a loop leaves: the weights to export, the steps and samples done, the seconds in the loop, those before a resume included."""
+    """What a loop leaves.
+
+    Attributes:
+        student: the weights to export.
+        step: optimiser steps done.
+        samples: student samples seen.
+        seconds: in the loop, those before a resume included.
+    """
 
     student: DualEncoderModule
     step: int
