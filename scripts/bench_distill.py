@@ -1,11 +1,16 @@
-"""Step rates in one run, interleaved: the student alone, with two teachers' features in memory, with an online teacher.
+"""Step rates in one run, interleaved: the student alone, two cached teachers (uniform, balanced), two online teachers.
 
     python scripts/bench_distill.py --json
 
-Student: timm resnet10t (1.1 M, 64 px) and a compact text tower, both trained; batch 128. Teachers: timm's
-tf_efficientnet_lite0 at 224 px and a compact text tower of six layers, random weights (the rate does not depend on
-them). The online row is open_clip's `DistillClipLoss` on the same student and batches, its teacher run under no_grad.
+Student: timm resnet10t (1.1 M, 64 px) and a compact text tower of two layers, both trained; batch 128. Teachers: two of
+timm's tf_efficientnet_lite0 at 224 px with a compact text tower of six layers, random weights (the rate does not depend
+on them). Cached rows are AMMKD's terms with the batch's class vectors on both towers, through the engine's own step.
+The online row is open_clip's `DistillClipLoss` for each teacher on the same student and batches, teachers under
+no_grad.
 All rows decode and augment the same drawn scenes through the same loader.
+
+The cost model says that a step takes the student's time plus each teacher's forward pass; the last lines compare what
+it predicts for online over cached with what was measured, and building the cache with the bare pass, decoding included.
 """
 
 from __future__ import annotations
@@ -16,23 +21,30 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
 
 import vlkd.models  # noqa: F401 - before anything imports torchvision
-from vlkd.data.loader import Batch, BatchStream, Consumer, Decoded, SampleSequence
+from vlkd.data.decoded import Decoded
+from vlkd.data.loader import Batch, BatchStream, Consumer, SampleSequence
 from vlkd.data.scenes import generate_scenes
 from vlkd.data.shards import write_shards
 from vlkd.data.sources import Pairs, open_pairs
-from vlkd.data.views import ViewSettings
+from vlkd.data.views import ViewSettings, geometry, view_of
+from vlkd.distill.cache import CacheSpec, ensure_cache
 from vlkd.distill.distiller import Distiller
-from vlkd.distill.teachers import OnlineTeacher, StoredTeacher, Teacher
+from vlkd.distill.teachers import CachedTeacher, OnlineTeacher
 from vlkd.distill.term import Term
+from vlkd.engine.step import backward_step
 from vlkd.models.composite import CompositeModel
 from vlkd.models.spec import CompositeSpec, build_composite
 from vlkd.models.tokenizer import CompactTokenizer, train_tokenizer
-from vlkd.objectives import embedding_mse, info_nce, relational_kl
+from vlkd.objectives import class_kl, info_nce
+from vlkd.weighting import Fixed, GradientBalanced, Weighting
 
 STUDENT = CompositeSpec(
     image="resnet10t",
@@ -44,7 +56,17 @@ STUDENT = CompositeSpec(
     width=256,
 )
 TEACHER = CompositeSpec(image="tf_efficientnet_lite0", image_size=224, text_width=384, text_layers=6, text_heads=6)
-OWN = ("student.image.embed", "student.text.embed")
+NAMES = ("t0", "t1")
+WANT = ("image.embed", "text.embed", "logit_scale")
+CONTRASTIVE = Term(
+    name="contrastive",
+    objective=info_nce,
+    features=("student.image.embed", "student.text.embed", "student.logit_scale"),
+    match=True,
+)
+ALONE, UNIFORM, BALANCED, ONLINE = "student alone", "cached, uniform", "cached, balanced", "open_clip, online"
+TEACHERS, BUILD = "bare teachers on batches", "cache build"
+PASS = "bare teacher with decoding"
 
 
 def main() -> None:
@@ -62,130 +84,193 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         scenes = generate_scenes("shapes", count=4 * args.batch_size, seed=0, split="train", image_size=96)
         write_shards(scenes, Path(folder) / "train")
-        rows = build_rows(open_pairs(f"{folder}/train"), args)
+        bench = Bench(open_pairs(f"{folder}/train"), Path(folder), args)
+        rows = {name: (args.steps, step) for name, step in bench.steps().items()}
+        rows |= {name: (1, step) for name, step in bench.passes().items()}
         rates: dict[str, list[float]] = {name: [] for name in rows}
-        for step in rows.values():
+        for _, step in rows.values():
             step()
         for _ in range(args.rounds):
-            for name, step in rows.items():
+            for name, (count, step) in rows.items():
                 started = time.perf_counter()
-                for _ in range(args.steps):
-                    step()
-                rates[name].append(args.steps * args.batch_size / (time.perf_counter() - started))
+                samples = sum(step() for _ in range(count))
+                rates[name].append(samples / (time.perf_counter() - started))
     report(rates, args)
 
 
-def build_rows(pairs: Pairs, args: argparse.Namespace) -> dict[str, Callable[[], None]]:
-    """Per row a function that does one step."""
-    tokenizer = train_tokenizer(pairs.texts(), vocab_size=500)
-    teacher = build_composite(TEACHER, tokenizer=tokenizer).to(memory_format=torch.channels_last)
-    texts = len(pairs.texts())
-    stored = {
-        f"t{m}": StoredTeacher(
-            f"t{m}",
-            256,
-            {
-                "image.embed": torch.randn(4, len(pairs), 256),
-                "text.embed": torch.randn(texts, 256),
-                "logit_scale": torch.tensor(20.0),
-            },
+class Bench:
+    """The declared models and their data; each row is a function that does its work once and returns its samples."""
+
+    def __init__(self, pairs: Pairs, folder: Path, args: argparse.Namespace) -> None:
+        self.pairs, self.folder, self.args = pairs, folder, args
+        self.tokenizer: CompactTokenizer = train_tokenizer(pairs.texts(), vocab_size=500)
+        self.models = {name: channels_last(build_composite(TEACHER, tokenizer=self.tokenizer)) for name in NAMES}
+        self.online = {name: OnlineTeacher(name, model) for name, model in self.models.items()}
+        self.cached = {name: self.cache(name, folder / "cache" / name) for name in NAMES}
+        self.decoded = Decoded(pairs, 96)
+        self.accelerator = Accelerator(cpu=True, mixed_precision="bf16" if args.precision == "bf16" else "no")
+        self.builds = 0
+
+    def cache(self, name: str, folder: Path, views: int = 4) -> CachedTeacher:
+        """A teacher's stored features of all images."""
+        spec = CacheSpec(
+            features=("image.embed", "text.embed"),
+            views=views,
+            view_settings=ViewSettings(),
+            precision=self.args.precision,
         )
-        for m in range(2)
-    }
-    contrastive = Term(name="contrastive", objective=info_nce, features=(*OWN, "student.logit_scale"), match=True)
-    distilled = [contrastive, *(term for name in stored for term in teacher_terms(name))]
-    online = OnlineTeacher("online", teacher)
-    return {
-        "student alone": row(pairs, tokenizer, [contrastive], {}, args),
-        "two teachers in memory": row(pairs, tokenizer, distilled, stored, args),
-        "open_clip, online teacher": open_clip_row(pairs, tokenizer, online, args),
-    }
+        model = self.models[name]
+        return CachedTeacher(name, model.width, [ensure_cache(folder, name, model, self.pairs, spec)])
+
+    def steps(self) -> dict[str, Callable[[], int]]:
+        """The rows that train, and the teachers alone on the same batches."""
+        terms = [CONTRASTIVE, *(term for name in NAMES for term in class_terms(name))]
+        return {
+            ALONE: self.engine_step([CONTRASTIVE], {}, Fixed([1.0])),
+            UNIFORM: self.engine_step(terms, self.cached, Fixed([0.5, 0.5])),
+            BALANCED: self.engine_step(terms, self.cached, GradientBalanced(0.6)),
+            ONLINE: self.open_clip_step(),
+            TEACHERS: self.teachers_step(),
+        }
+
+    def passes(self) -> dict[str, Callable[[], int]]:
+        """Building a cache of one view, and the bare pass over the same."""
+        return {BUILD: self.build_once, PASS: self.pass_once}
+
+    def batches(self, online: bool) -> Iterator[Batch]:
+        """The endless stream that every row reads."""
+        student = student_of(self.tokenizer)
+        consumers = {"student": Consumer(preprocessing=student.preprocessing, image=True, text=True, student=True)}
+        if online:
+            for name, model in self.models.items():
+                consumers[name] = Consumer(preprocessing=model.preprocessing, image=True, text=True)
+        stored = None if online else next(iter(self.cached.values())).view
+        sequence = SampleSequence(
+            self.pairs, consumers, ViewSettings(), seed=0, view_cycle=4, decoded=self.decoded, stored_view=stored
+        )
+        return iter(BatchStream(sequence, batch_size=self.args.batch_size, samples=10**9))
+
+    def engine_step(
+        self, terms: list[Term], teachers: dict[str, CachedTeacher], weighting: Weighting
+    ) -> Callable[[], int]:
+        """One step as the engine does it."""
+        distiller = Distiller(student_of(self.tokenizer), terms, teachers).train()
+        optimizer = torch.optim.AdamW(distiller.parameters(), lr=1e-4)
+        stream = self.batches(online=False)
+
+        def step() -> int:
+            batch = next(stream)
+            optimizer.zero_grad(set_to_none=True)
+            backward_step(distiller, batch, weighting, self.accelerator)
+            torch.nn.utils.clip_grad_norm_(distiller.parameters(), 1.0)
+            optimizer.step()
+            return len(batch.keys)
+
+        return step
+
+    def open_clip_step(self) -> Callable[[], int]:
+        """One step of open_clip's distillation loss, once per teacher."""
+        from open_clip.loss import DistillClipLoss
+
+        student = student_of(self.tokenizer).train()
+        loss = DistillClipLoss()
+        optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
+        stream = self.batches(online=True)
+
+        def unit(features: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+            return [torch.nn.functional.normalize(features[name].float(), dim=-1) for name in WANT[:2]]
+
+        def step() -> int:
+            batch = next(stream)
+            with self.accelerator.autocast():
+                own = student.encode(batch.inputs["student"], WANT)
+                targets = [teacher.targets(batch, WANT) for teacher in self.online.values()]
+            total = torch.zeros(())
+            for target in targets:
+                contrastive, distilled = loss(*unit(own), own["logit_scale"], *unit(target), target["logit_scale"])
+                total = total + contrastive + distilled
+            optimizer.zero_grad(set_to_none=True)
+            total.backward()
+            torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+            optimizer.step()
+            return len(batch.keys)
+
+        return step
+
+    def teachers_step(self) -> Callable[[], int]:
+        """The teachers' forward passes on a prepared batch: the model's second part."""
+        batch = next(self.batches(online=True))
+
+        def step() -> int:
+            with self.accelerator.autocast():
+                for teacher in self.online.values():
+                    teacher.targets(batch, WANT)
+            return len(batch.keys)
+
+        return step
+
+    def build_once(self) -> int:
+        """A new cache of one view of every image and of all captions."""
+        self.builds += 1
+        self.cache("t0", self.folder / f"build-{self.builds}", views=1)
+        return len(self.pairs)
+
+    @torch.no_grad()
+    def pass_once(self) -> int:
+        """The same views and captions through the bare model, nothing stored."""
+        model, pairs = self.models["t0"], self.pairs
+        loader = DataLoader(_Views(pairs, model), batch_size=64)
+        with self.accelerator.autocast():
+            for pixels in loader:
+                model.encode({"pixels": pixels}, ("image.embed",))
+            texts = list(dict.fromkeys(pairs.texts()))
+            for start in range(0, len(texts), 256):
+                model.encode(model.preprocessing.tokenize(texts[start : start + 256]), ("text.embed",))
+        return len(pairs)
 
 
-def teacher_terms(name: str) -> list[Term]:
-    """Matching of both embeddings and the relational KL."""
-    matching = [
+class _Views:
+    def __init__(self, pairs: Pairs, model: CompositeModel) -> None:
+        self.pairs, self.transform = pairs, model.preprocessing
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        image = self.pairs.image(i, size_hint=2 * max(self.transform.image_size))
+        return self.transform.view_transform(geometry(image, view_of(ViewSettings(), 0, self.pairs.keys[i], 0)))
+
+
+def class_terms(teacher: str) -> list[Term]:
+    """AMMKD's terms of one teacher."""
+    return [
         Term(
-            name=f"{name}/{side}",
-            objective=embedding_mse,
-            features=(f"projected.{side}.embed", f"teacher.{side}.embed"),
-            teacher=name,
+            name=f"{teacher}/{side}",
+            objective=partial(class_kl, tau=2.0),
+            features=(
+                f"projected.{side}.embed",
+                f"teacher.{side}.embed",
+                f"classes.{other}.embed",
+                "teacher.logit_scale",
+            ),
+            teacher=teacher,
         )
-        for side in ("image", "text")
+        for side, other in (("image", "text"), ("text", "image"))
     ]
-    features = (*OWN, "teacher.image.embed", "teacher.text.embed", "student.logit_scale", "teacher.logit_scale")
-    return [*matching, Term(name=f"{name}/relational", objective=relational_kl, features=features, teacher=name)]
 
 
 def student_of(tokenizer: CompactTokenizer) -> CompositeModel:
     """The declared student."""
-    return build_composite(STUDENT, tokenizer=tokenizer).to(memory_format=torch.channels_last)
+    return channels_last(build_composite(STUDENT, tokenizer=tokenizer))
 
 
-def batches(pairs: Pairs, student: CompositeModel, online: Teacher | None, batch_size: int) -> Iterator[Batch]:
-    """The endless stream that every row reads."""
-    consumers = {"student": Consumer(preprocessing=student.preprocessing, image=True, text=True, student=True)}
-    if online is not None and online.preprocessing is not None:
-        consumers["online"] = Consumer(preprocessing=online.preprocessing, image=True, text=True)
-    sequence = SampleSequence(pairs, consumers, ViewSettings(), seed=0, view_cycle=4, decoded=Decoded(pairs, 96))
-    return iter(BatchStream(sequence, batch_size=batch_size, samples=10**9))
-
-
-def row(
-    pairs: Pairs,
-    tokenizer: CompactTokenizer,
-    terms: list[Term],
-    teachers: dict[str, StoredTeacher],
-    args: argparse.Namespace,
-) -> Callable[[], None]:
-    """One step as the engine does it."""
-    student = student_of(tokenizer)
-    distiller = Distiller(student, terms, teachers, [1 / max(1, len(teachers))] * len(teachers)).train()
-    optimizer = torch.optim.AdamW(distiller.parameters(), lr=1e-4)
-    stream = batches(pairs, student, None, args.batch_size)
-
-    def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bf16"):
-            losses = distiller(next(stream))
-        optimizer.zero_grad(set_to_none=True)
-        distiller.total(losses).backward()
-        torch.nn.utils.clip_grad_norm_(distiller.parameters(), 1.0)
-        optimizer.step()
-
-    return step
-
-
-def open_clip_row(
-    pairs: Pairs, tokenizer: CompactTokenizer, teacher: OnlineTeacher, args: argparse.Namespace
-) -> Callable[[], None]:
-    """One step of open_clip's distillation loss."""
-    from open_clip.loss import DistillClipLoss
-
-    student = student_of(tokenizer).train()
-    loss = DistillClipLoss()
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
-    stream = batches(pairs, student, teacher, args.batch_size)
-    want = ("image.embed", "text.embed", "logit_scale")
-
-    def step() -> None:
-        batch = next(stream)
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bf16"):
-            own = student.encode(batch.inputs["student"], want)
-            target = teacher.targets(batch, want)
-        unit = [
-            torch.nn.functional.normalize(part[name].float(), dim=-1) for part in (own, target) for name in want[:2]
-        ]
-        total = sum(loss(*unit[:2], own["logit_scale"], *unit[2:], target["logit_scale"]))
-        optimizer.zero_grad(set_to_none=True)
-        total.backward()
-        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        optimizer.step()
-
-    return step
+def channels_last(model: CompositeModel) -> CompositeModel:
+    """As the engine lays models out."""
+    return model.to(memory_format=torch.channels_last)
 
 
 def report(rates: dict[str, list[float]], args: argparse.Namespace) -> None:
-    """Medians and the ratios within each round."""
+    """Medians, and the medians of the ratios within each round."""
     medians = {name: statistics.median(values) for name, values in rates.items()}
     for name, value in medians.items():
         print(f"{name:<28} {value:8.1f} samples/s  (lowest {min(rates[name]):.1f}, highest {max(rates[name]):.1f})")
@@ -193,12 +278,24 @@ def report(rates: dict[str, list[float]], args: argparse.Namespace) -> None:
     def ratio(a: str, b: str) -> float:
         return statistics.median(x / y for x, y in zip(rates[a], rates[b], strict=True))
 
-    memory = ratio("two teachers in memory", "student alone")
-    online = ratio("two teachers in memory", "open_clip, online teacher")
-    print(f"in memory / student alone: {memory:.3f}   in memory (M = 2) / open_clip online (M = 1): {online:.1f}")
+    predicted = statistics.median(
+        1 + alone / teachers for alone, teachers in zip(rates[ALONE], rates[TEACHERS], strict=True)
+    )
+    figures = {
+        "cached_over_alone": ratio(UNIFORM, ALONE),
+        "balanced_over_uniform_time": ratio(UNIFORM, BALANCED),
+        "cached_over_open_clip": ratio(BALANCED, ONLINE),
+        "cost_model": predicted,
+        "measured_over_model": ratio(BALANCED, ONLINE) / predicted,
+        "build_over_bare": ratio(BUILD, PASS),
+    }
+    wanted = {"cached_over_alone": ">= 0.95", "balanced_over_uniform_time": "<= 1.05"}
+    wanted |= {"measured_over_model": ">= 0.85", "build_over_bare": ">= 0.9"}
+    for name, value in figures.items():
+        print(f"{name:<28} {value:8.3f}  {wanted.get(name, '')}")
     if args.json:
-        figures = {"samples_per_second": medians, "memory_over_alone": memory, "memory_over_open_clip": online}
-        print(json.dumps(figures | {"batch_size": args.batch_size, "threads": args.threads}, allow_nan=False))
+        line = {"samples_per_second": medians, "batch_size": args.batch_size, "threads": args.threads} | figures
+        print(json.dumps(line, allow_nan=False))
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from PIL import Image
 from vlkd.data.decoded import Decoded, shrink
 from vlkd.data.images import BadImage
 from vlkd.data.loader import Batch, BatchStream, Consumer, SampleSequence
-from vlkd.data.sources import Pairs
-from vlkd.data.views import ViewSettings, colors, geometry, view_of
+from vlkd.data.sources import ImageFile, Pairs
+from vlkd.data.views import View, ViewSettings, colors, geometry, view_of
 from vlkd.errors import UserError
 from vlkd.models.preprocessing import CompositePreprocessing, PixelSettings
 
@@ -51,7 +51,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Pairs:
 
 def assert_same(left: Batch, right: Batch) -> None:
     assert (left.keys, left.bad) == (right.keys, right.bad)
-    for name in ("rows", "views", "captioned", "texts", "caption_ids"):
+    for name in ("rows", "views", "captioned", "texts", "caption_ids", "own_ids"):
         assert torch.equal(getattr(left, name), getattr(right, name)), name
     assert left.inputs.keys() == right.inputs.keys()
     for model, part in left.inputs.items():
@@ -121,7 +121,7 @@ def test_ranks_share_the_batches_of_one(pairs, world_size):
     for step, expected in enumerate(whole):
         parts = [rank[step] for rank in ranks]
         assert [key for part in parts for key in part.keys] == expected.keys
-        for name in ("rows", "views", "captioned", "texts", "caption_ids"):
+        for name in ("rows", "views", "captioned", "texts", "caption_ids", "own_ids"):
             assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(expected, name))
         pixels = torch.cat([part.inputs["student"]["pixels"] for part in parts])
         assert torch.equal(pixels, expected.inputs["student"]["pixels"])
@@ -137,7 +137,7 @@ def test_workers_change_nothing(pairs):
 
 
 def test_a_sequence_travels_to_a_spawned_worker(pairs):
-    own = sequence(pairs, wanted=consumers())
+    own = sequence(pairs, wanted=consumers(), view_cycle=2, stored_view=stored_view)
     own[9]
     copy = pickle.loads(pickle.dumps(own))
     assert_same(copy.collate([copy[8], copy[1]]), own.collate([own[8], own[1]]))
@@ -172,6 +172,93 @@ def test_caption_ids_are_equal_exactly_for_equal_strings(pairs):
             found.setdefault(identity, set()).add(texts[number])
     assert all(len(strings) == 1 for strings in found.values())
     assert len(found) == len(set(texts))
+
+
+def test_own_ids_are_those_of_all_captions_of_the_image(pairs):
+    own = sequence(pairs)
+    batch = own.collate([own[position] for position in range(7)])
+    strings = dict(zip(own.caption_ids.tolist(), pairs.texts(), strict=True))
+    assert batch.own_ids.shape == (5, 3)
+    captioned = batch.rows[batch.captioned].tolist()
+    for row, drawn, numbers in zip(captioned, batch.caption_ids.tolist(), batch.own_ids.tolist(), strict=True):
+        assert tuple(strings[number] for number in numbers if number >= 0) == pairs.captions[row]
+        assert drawn in numbers
+        assert numbers == sorted(numbers, key=lambda number: number < 0)
+    moved = batch.to(torch.device("meta"))
+    assert moved.own_ids.device.type == moved.caption_ids.device.type == "meta"
+    unlabelled = sequence(replace(pairs, captions=[()] * 7))
+    assert unlabelled.collate([unlabelled[0]]).own_ids.shape == (0, 0)
+
+
+def stored_view(row: int, number: int) -> View:
+    """Left to a function of the module, because it must travel to workers."""
+    return View((row / 20, 0.1, row / 20 + 0.5, 0.9), number % 2 == 1, (1.0, 1.0, 1.0))
+
+
+def test_stored_views_are_applied_again_and_colours_drawn(pairs):
+    own = sequence(pairs, wanted=consumers(near=24), view_cycle=4, stored_view=stored_view)
+    for position in (0, 9, 16):
+        sample = own[position]
+        seen = geometry(pairs.image(sample.row), stored_view(sample.row, sample.view))
+        drawn = view_of(VIEWS, 0, sample.key, sample.view)
+        plain, coloured = (
+            np.asarray(image.resize((24, 24), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+            for image in (seen, colors(seen, drawn))
+        )
+        np.testing.assert_array_equal(sample.pixels["near"].numpy(), plain)
+        np.testing.assert_array_equal(sample.pixels["student"].numpy(), coloured)
+        assert (plain != coloured).any()
+
+
+def large_jpegs(folder: Path, count: int = 3) -> Pairs:
+    """960 x 720, which decoders reduce where little is needed."""
+    folder.mkdir()
+    for number in range(count):
+        fine = np.random.default_rng(number).integers(0, 256, (90, 120, 3), dtype=np.uint8)
+        Image.fromarray(fine).resize((960, 720), Image.Resampling.BICUBIC).save(folder / f"{number}.jpg", quality=95)
+    files = [ImageFile(folder / f"{number}.jpg") for number in range(count)]
+    return Pairs([str(number) for number in range(count)], [()] * count, files)
+
+
+def test_a_models_pixels_do_not_depend_on_who_else_runs(tmp_path):
+    jpegs = large_jpegs(tmp_path / "j")
+    alone = sequence(jpegs, wanted=consumers())
+    beside = sequence(jpegs, wanted=consumers(large=200, equal=24))
+    for position in range(6):
+        sample, other = alone[position], beside[position]
+        assert torch.equal(sample.pixels["student"], other.pixels["student"])
+        view = view_of(VIEWS, 0, sample.key, sample.view)
+        for name, size in (("large", 200), ("equal", 24)):
+            seen = geometry(jpegs.image(sample.row, size_hint=2 * size), view)
+            expected = np.asarray(seen.resize((size, size), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+            np.testing.assert_array_equal(other.pixels[name].numpy(), expected)
+            # Otherwise the decoder was not asked for less, and the comparison says nothing.
+            full = np.asarray(geometry(jpegs.image(sample.row), view).resize((size, size), Image.Resampling.BILINEAR))
+            assert (full.transpose(2, 0, 1) != expected).any() == (size == 24)
+
+
+def test_equal_sizes_share_a_decode_and_pictures_in_memory_are_the_students(tmp_path, monkeypatch):
+    jpegs = large_jpegs(tmp_path / "j")
+    held = Decoded(jpegs, 30)
+    asked = []
+    whole = Pairs.image
+
+    def counting(self, i, size_hint=None):
+        asked.append(size_hint)
+        return whole(self, i, size_hint)
+
+    monkeypatch.setattr(Pairs, "image", counting)
+    _ = sequence(jpegs, wanted=consumers(one=24, two=24, three=50))[0]
+    assert asked == [48, 100]
+    asked.clear()
+    sample = sequence(jpegs, wanted=consumers(one=24), decoded=held)[0]
+    assert asked == [48]
+    view = view_of(VIEWS, 0, sample.key, sample.view)
+    seen = colors(geometry(held.image(sample.row), view), view).resize((24, 24), Image.Resampling.BILINEAR)
+    np.testing.assert_array_equal(sample.pixels["student"].numpy(), np.asarray(seen).transpose(2, 0, 1))
+    asked.clear()
+    assert sequence(jpegs, wanted=consumers(), decoded=held)[0].pixels.keys() == {"student"}
+    assert not asked
 
 
 def test_teachers_see_the_students_crop_without_its_colours(pairs):

@@ -12,7 +12,7 @@ from helpers.pairs import noise, picture_pairs
 from vlkd.data.prepare import encode_picture
 from vlkd.data.records import read_captions_file, read_karpathy, record_keys
 from vlkd.data.shard_writer import RawSample, is_safe_key, write_shards
-from vlkd.data.sources import open_pairs, open_union
+from vlkd.data.sources import open_pairs, open_sources, open_union, source_name, union
 from vlkd.errors import UserError
 
 LISTED = {"a": (("one", "two"), "train"), "b": (("three",), "val"), "c": ((), "train")}
@@ -167,6 +167,52 @@ def test_union_keeps_order_and_renames_only_clashing_keys(tmp_path):
     assert [file.path.parent.name for file in clash.files] == ["one", "one", "three"]
     with pytest.raises(UserError, match=r"data\.train"):
         open_union([])
+
+
+def test_a_union_is_of_opened_sources(tmp_path):
+    pictures(tmp_path / "one", ("a", "b"))
+    pictures(tmp_path / "two", ("a",))
+    refs = [str(tmp_path / name) for name in ("one", "two")]
+    sources = open_sources(refs)
+    assert [source.keys for source in sources] == [["a.png", "b.png"], ["a.png"]]
+    assert union(sources) == open_union(refs)
+    assert union(sources[:1]) == sources[0]
+
+
+@pytest.mark.parametrize(
+    ("ref", "name"),
+    [
+        ("data/coco/train", "coco-train"),
+        ("data/coco#train", "data-coco-train"),
+        ("emoji/captions.jsonl#train", "emoji-captions-train"),
+        ("data/coco/train/*.tar", "coco-train"),
+        ("data/coco/train-*.tar", "coco-train"),
+        ("data/coco/00000[0-4].tar", "coco-00000"),
+        ("data/coco/000001.tar", "coco-000001"),
+        ("data/a b/photos.v2", "a-b-photos-v2"),
+        ("../data/coco/", "data-coco"),
+        ("/", "data"),
+    ],
+)
+def test_a_source_has_a_short_name(ref, name):
+    assert source_name(ref) == name
+
+
+def test_the_name_does_not_depend_on_the_folder_from_which_one_looks(tmp_path, monkeypatch):
+    (tmp_path / "coco" / "train").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "coco")
+    assert source_name("train") == source_name(str(tmp_path / "coco" / "train")) == "coco-train"
+
+
+def test_rows_have_fingerprints_of_their_own(tmp_path):
+    first = picture_pairs(tmp_path / "a", [["x"], ["y"], ["y"]])
+    found = first.row_fingerprints()
+    assert len(set(found)) == 3
+    assert picture_pairs(tmp_path / "b", [["x"], ["y"], ["z"]]).row_fingerprints()[:2] == found[:2]
+    assert picture_pairs(tmp_path / "b", [["x"], ["y"], ["z"]]).row_fingerprints()[2] != found[2]
+    (tmp_path / "a" / "p1.png").write_bytes(b"other")
+    changed = first.row_fingerprints()
+    assert [old == new for old, new in zip(found, changed, strict=True)] == [True, False, True]
 
 
 def test_fingerprint_follows_captions_keys_and_bytes(tmp_path):

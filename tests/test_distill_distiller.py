@@ -18,8 +18,9 @@ from helpers.distilling import (
 from helpers.pairs import picture_pairs
 
 from vlkd.data.views import ViewSettings
+from vlkd.distill.cache import CacheSpec, ensure_cache
 from vlkd.distill.distiller import Distiller
-from vlkd.distill.teachers import OnlineTeacher, stored_teacher
+from vlkd.distill.teachers import CachedTeacher, OnlineTeacher
 from vlkd.distill.term import Term
 from vlkd.errors import UserError
 from vlkd.objectives import embedding_cosine, embedding_mse, info_nce
@@ -38,10 +39,14 @@ def models():
     return {"student": tiny_student()} | tiny_teachers()
 
 
-def distiller_of(models, terms, weights=None, **options):
+def distiller_of(models, terms, **options):
     sources = {name: OnlineTeacher(name, model) for name, model in models.items() if name != "student"}
-    weights = weights or [1 / len(sources)] * len(sources)
-    return Distiller(models["student"], terms, sources, weights, **options)
+    return Distiller(models["student"], terms, sources, **options)
+
+
+def uniform(distiller, losses, weight=0.5):
+    """The total under the same weight for every teacher."""
+    return distiller.total(losses, {term.name: weight for term in distiller.terms if term.teacher})
 
 
 def unit(rows):
@@ -65,9 +70,9 @@ def embeddings(model, part):
 
 
 def test_every_loss_and_the_total_by_hand(pairs, models):
-    distiller = distiller_of(models, (*terms_of("one"),), weights=(0.25, 0.75))
+    distiller = distiller_of(models, terms_of("one"))
     batch = batch_of(sequence_of(pairs, models), ALL)
-    losses = distiller(batch)
+    losses = distiller(batch).losses
     with torch.no_grad():
         image, text = embeddings(models["student"], batch.inputs["student"])
         teacher_image, teacher_text = embeddings(models["one"], batch.inputs["one"])
@@ -91,7 +96,7 @@ def test_every_loss_and_the_total_by_hand(pairs, models):
     by_hand = expected["contrastive"] + 0.25 * (
         2 * expected["images"] + 0.5 * expected["texts"] + expected["relations"]
     )
-    assert distiller.total(losses).item() == pytest.approx(float(by_hand), rel=1e-4)
+    assert uniform(distiller, losses, 0.25).item() == pytest.approx(float(by_hand), rel=1e-4)
 
 
 def test_match_marks_equal_captions_and_equal_rows(pairs, models):
@@ -108,7 +113,7 @@ def test_match_marks_equal_captions_and_equal_rows(pairs, models):
     position = {sequence.row_and_view(number)[0]: number for number in range(8)}
     later = {sequence.row_and_view(number)[0]: number for number in range(8, 16)}
     samples = [sequence[(later if i == 5 else position)[row]] for i, row in enumerate(rows)]
-    Distiller(models["student"], (term,), {}, ())(sequence.collate(samples))
+    Distiller(models["student"], (term,), {})(sequence.collate(samples))
     texts = [sample.caption for sample in samples if sample.caption]
     owners = [0, 1, 3, 4, 3]
     expected = [[a == b or owners[i] == owners[j] for j, b in enumerate(texts)] for i, a in enumerate(texts)]
@@ -121,15 +126,15 @@ def test_match_marks_equal_captions_and_equal_rows(pairs, models):
 def test_unlabelled_images_take_part_only_without_captions(pairs, models):
     distiller = distiller_of(models, terms_of("one"))
     sequence = sequence_of(pairs, models)
-    whole, labelled = distiller(batch_of(sequence, ALL)), distiller(batch_of(sequence, CAPTIONED))
+    whole, labelled = (distiller(batch_of(sequence, rows)).losses for rows in (ALL, CAPTIONED))
     for name in ("contrastive", "texts", "relations"):
         torch.testing.assert_close(whole[name], labelled[name], rtol=1e-5, atol=1e-6)
-    alone = distiller(batch_of(sequence, (2, 5, 7)))
+    alone = distiller(batch_of(sequence, (2, 5, 7))).losses
     assert alone.keys() == {"images"}
     # A mean over eight images is made of the means over five and three.
     torch.testing.assert_close(8 * whole["images"], 5 * labelled["images"] + 3 * alone["images"], rtol=1e-5, atol=1e-5)
     assert not torch.allclose(whole["images"], labelled["images"], rtol=1e-4)
-    torch.testing.assert_close(distiller.total(alone), 0.5 * 2.0 * alone["images"])
+    torch.testing.assert_close(uniform(distiller, alone), 0.5 * 2.0 * alone["images"])
 
 
 def test_two_unlike_teachers_in_one_run(pairs, models):
@@ -146,9 +151,9 @@ def test_two_unlike_teachers_in_one_run(pairs, models):
         "one": (20, 12),
         "two": (9, 12),
     }
-    losses = distiller(batch)
+    losses = distiller(batch).losses
     assert len(losses) == 7
-    distiller.total(losses).backward()
+    uniform(distiller, losses).backward()
     for head in distiller.heads.values():
         assert head.weight.grad.abs().max() > 0
 
@@ -157,7 +162,7 @@ def test_gradients_reach_student_and_heads_and_never_the_teacher(pairs, models):
     distiller = distiller_of(models, terms_of("one"))
     before = {name: value.clone() for name, value in models["one"].state_dict().items()}
     distiller.train()
-    distiller.total(distiller(batch_of(sequence_of(pairs, models), ALL))).backward()
+    uniform(distiller, distiller(batch_of(sequence_of(pairs, models), ALL)).losses).backward()
     for name, value in distiller.named_parameters():
         assert value.grad is not None, name
         assert value.grad.isfinite().all(), name
@@ -185,13 +190,16 @@ def test_stored_teachers_give_the_losses_of_online_ones(pairs, models, tmp_path)
     online = distiller_of(models, terms)
     want = online.wanted_of_teachers["one"]
     settings = ViewSettings(color=0.3)
-    stored = stored_teacher("one", models["one"], pairs, want, views=2, settings=settings, view_seed=0, folder=tmp_path)
-    held = Distiller(models["student"], terms, {"one": stored}, (0.5,))
+    held_names = tuple(name for name in want if "." in name)
+    spec = CacheSpec(features=held_names, views=2, view_settings=settings, dtype="float32")
+    reader = ensure_cache(tmp_path / "c", "one", models["one"], pairs, spec)
+    stored = CachedTeacher("one", models["one"].width, [reader])
+    held = Distiller(models["student"], terms, {"one": stored})
     held.heads.load_state_dict(online.heads.state_dict())
     sequence = sequence_of(pairs, models, view_cycle=2, settings=settings)
     for start in (0, 6, 14):
         batch = sequence.collate([sequence[position] for position in range(start, start + 6)])
-        expected, found = online(batch), held(batch)
+        expected, found = online(batch).losses, held(batch).losses
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5)
@@ -202,17 +210,17 @@ def test_frozen_towers_in_memory_train_the_projections_alone(pairs, models, tmp_
     student.image_tower.requires_grad_(False)
     student.text_tower.requires_grad_(False)
     settings = ViewSettings()
-    pooled = {"image.pooled", "text.pooled"}
-    towers = stored_teacher("towers", student, pairs, pooled, views=1, settings=settings, view_seed=0, folder=tmp_path)
+    spec = CacheSpec(features=("image.pooled", "text.pooled"), views=1, view_settings=settings, dtype="float32")
+    towers = CachedTeacher("towers", student.width, [ensure_cache(tmp_path / "c", "towers", student, pairs, spec)])
     term = Term(name="pooled", objective=lambda pooled: pooled.square().sum(dim=1), features=("student.image.pooled",))
     direct = distiller_of(models, (*terms_of("one"), term))
     held = distiller_of(models, (*terms_of("one"), term), towers=towers)
     held.heads.load_state_dict(direct.heads.state_dict())
     batch = batch_of(sequence_of(pairs, models, view_cycle=1, settings=settings), ALL)
-    expected, found = direct(batch), held(batch)
+    expected, found = direct(batch).losses, held(batch).losses
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5)
-    held.total(found).backward()
+    uniform(held, found).backward()
     moved = {name for name, value in held.named_parameters() if value.grad is not None}
     assert moved == {
         "student.image_projection.0.weight",
@@ -233,7 +241,7 @@ MSE = ("student.image.embed", "teacher.image.embed")
         ((Term(name="a", objective=embedding_mse, features=MSE, teacher="three"),), "'three'; there are one, two"),
         ((Term(name="a", objective=embedding_mse, features=MSE, teacher="one", weight=-1),), "weight -1"),
         ((Term(name="a", objective=embedding_mse, features=MSE, teacher="one", weight=float("nan")),), "weight nan"),
-        ((Term(name="a", objective=info_nce, features=("student.image.tokens",)),), "no feature is called"),
+        ((Term(name="a", objective=info_nce, features=("student.image.patches",)),), "no feature is called"),
         (
             (Term(name="a", objective=info_nce, features=("student.logit_bias",)),),
             "student cannot produce 'logit_bias'",
@@ -264,5 +272,5 @@ def test_a_student_of_the_teachers_width_may_be_compared_without_a_head(pairs, m
 def test_a_nan_teacher_shows_in_the_loss_of_its_term_alone(pairs, models):
     with torch.no_grad():
         models["one"].image_projection[0].weight[0, 0] = float("nan")
-    losses = distiller_of(models, terms_of("one"))(batch_of(sequence_of(pairs, models), ALL))
+    losses = distiller_of(models, terms_of("one"))(batch_of(sequence_of(pairs, models), ALL)).losses
     assert {name for name, value in losses.items() if not value.isfinite()} == {"images", "relations"}

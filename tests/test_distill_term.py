@@ -47,7 +47,7 @@ def test_who_needs_captions_and_who_projects():
         (("pupil.image.embed",), "", "must begin with"),
         (("teacher.image.embed",), "", "names no teacher"),
         (("projected.image.embed",), "", "names no teacher"),
-        (("projected.image.pooled",), "a", "heads exist for"),
+        (("projected.image.pooled",), "a", "exist for image.embed"),
     ],
 )
 def test_wrong_terms_are_refused(features, teacher, message):

@@ -44,7 +44,7 @@ def test_gradients_are_summed_over_the_ranks_losses(found):
 def test_two_ranks_are_one(found, share):
     ranks, alone = found
     expected = alone[share]
-    assert {"loss/contrastive", "loss/images", "loss/texts", "loss/relations", "loss/images two"} <= expected.keys()
+    assert {"loss/contrastive", "loss/images", "loss/texts", "loss/images two", "loss/two/text"} <= expected.keys()
     moved = [name for name, value in expected.items() if name.startswith("gradient/") and value.abs().max() > 1e-4]
     assert {"gradient/heads.one.weight", "gradient/heads.two.weight", "gradient/student.log_logit_scale"} <= set(moved)
     assert any("text_tower" in name for name in moved)
@@ -53,6 +53,30 @@ def test_two_ranks_are_one(found, share):
         assert {name[2:] for name in rank if name.startswith(f"{share}/")} == expected.keys()
         for name, value in expected.items():
             torch.testing.assert_close(rank[f"{share}/{name}"], value, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("share", range(len(SHARES)))
+def test_teacher_weights_are_of_the_global_batch(found, share):
+    """Both ranks have the weights of one; solving on a rank's own rows alone would give others."""
+    ranks, alone = found
+    weights = {name: value for name, value in alone[share].items() if name.startswith("weight/")}
+    assert {"weight/one/image", "weight/two/image", "weight/one/text", "weight/two/text"} <= weights.keys()
+    for name, value in weights.items():
+        assert torch.equal(ranks[0][f"{share}/{name}"], ranks[1][f"{share}/{name}"])
+        torch.testing.assert_close(ranks[0][f"{share}/{name}"], value, rtol=0, atol=1e-5)
+
+
+def test_a_solution_per_rank_would_differ(found, tmp_path):
+    pairs = picture_pairs(tmp_path / "pictures", TEXTS)
+    per_rank = [distil(pairs, rows, lambda rows: rows)["weight/one/image"] for rows in SHARES[0]]
+    assert abs(per_rank[0] - per_rank[1]) > 1e-3
+    assert all(abs(value - found[1][0]["weight/one/image"]) > 1e-3 for value in per_rank)
+
+
+def test_means_and_first_weights(found):
+    for rank in found[0]:
+        assert rank["mean"].tolist() == [1.5, 3.0]
+        assert torch.equal(rank["weight"], torch.ones(2, 2))
 
 
 def test_one_process_gathers_nothing():

@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from vlkd.errors import UserError
 from vlkd.features import DualEncoder, Preprocessing
-from vlkd.models.composite import load_composite
+from vlkd.models.composite import load_composite, tower_names
 from vlkd.models.heads import LinearHead
 from vlkd.models.load import load
 from vlkd.models.spec import build_composite, with_text_of
@@ -245,3 +245,116 @@ def test_bad_specs(tmp_path):
     ):
         with pytest.raises(UserError, match=sentence):
             build_composite(tiny_spec(**changes), tokenizer=None if "tokenizer" in changes else tiny_tokenizer())
+
+
+TOKENS = ("image.tokens", "image.token_embeds", "text.tokens", "text.token_embeds", "text.mask")
+POOLED = ("image.pooled", "image.embed", "text.pooled", "text.embed")
+
+
+def some_inputs(model, captions=CAPTIONS):
+    pixels = torch.stack([model.preprocessing.image_transform(image) for image in tiny_images()])
+    return {"pixels": pixels} | model.preprocessing.tokenize(captions)
+
+
+@pytest.mark.parametrize("text", ["compact", "bert"])
+@pytest.mark.parametrize("projection", ["linear", "mlp"])
+def test_tokens_beside_the_pooled_output(tmp_path, text, projection):
+    changes = {"image_size": 64, "image_projection": projection, "text_projection": projection}
+    if text == "bert":
+        changes["text"] = str(write_bert(tmp_path / "bert"))
+    model = tiny_composite(**changes)
+    inputs = some_inputs(model)
+    with torch.no_grad():
+        alone, together = model.encode(inputs, POOLED), model.encode(inputs, POOLED + TOKENS)
+        for side, tower in (("image", model.image_projection), ("text", model.text_projection)):
+            tokens = together[f"{side}.tokens"]
+            one_by_one = torch.stack([tower(tokens[:, i]) for i in range(tokens.shape[1])], dim=1)
+            torch.testing.assert_close(together[f"{side}.token_embeds"], one_by_one, rtol=0, atol=1e-5)
+    assert all(torch.equal(alone[name], together[name]) for name in POOLED)
+    shapes = {name: tuple(together[name].shape) for name in TOKENS}
+    assert shapes == {
+        "image.tokens": (4, 4, 16),
+        "image.token_embeds": (4, 4, 24),
+        "text.tokens": (5, 16, 32),
+        "text.token_embeds": (5, 16, 24),
+        "text.mask": (5, 16),
+    }
+    lengths = inputs["mask"].sum(dim=1)
+    assert together["text.mask"].dtype == torch.bool
+    assert torch.equal(together["text.mask"], torch.arange(16) < lengths[:, None])
+    mean = torch.stack([row[:n].mean(dim=0) for row, n in zip(together["text.tokens"], lengths, strict=True)])
+    torch.testing.assert_close(mean, together["text.pooled"], rtol=0, atol=1e-5)
+
+
+def test_tokens_of_a_caption_do_not_depend_on_its_batch():
+    """Every batch is padded to the context length, and real tokens do not see padding."""
+    model = tiny_composite()
+    with torch.no_grad():
+        together = model.encode(some_inputs(model), TOKENS)
+        for i, caption in enumerate(CAPTIONS):
+            alone = model.encode(some_inputs(model, [caption]), TOKENS)
+            kept = alone["text.mask"][0]
+            assert torch.equal(kept, together["text.mask"][i])
+            torch.testing.assert_close(
+                alone["text.tokens"][0][kept], together["text.tokens"][i][kept], rtol=0, atol=1e-5
+            )
+
+
+def test_tokens_run_only_where_they_are_wanted(monkeypatch):
+    """Neither tower does more for a pooled output than before, and each runs once for both."""
+    model = tiny_composite()
+    inputs = some_inputs(model)
+    calls = []
+    original = model.image_tower.forward_features
+    monkeypatch.setattr(model.image_tower, "forward_features", lambda x: calls.append("image") or original(x))
+    monkeypatch.setattr("vlkd.models.composite.image_tokens", lambda *_: calls.append("cells") or torch.zeros(4, 1, 16))
+    model.text_tower.blocks[0].register_forward_hook(lambda *_: calls.append("text"))
+    dimensions = []
+    for projection in (model.image_projection, model.text_projection):
+        projection.register_forward_hook(lambda _, given, __: dimensions.append(given[0].ndim))
+    for want, towers, projected in (
+        (("image.embed", "logit_scale"), ["image"], [2]),
+        (("text.embed",), ["text"], [2]),
+        (("image.pooled", "text.token_embeds"), ["image", "text"], [2, 2, 3]),
+        (("image.embed", "image.tokens", "text.pooled"), ["image", "cells", "text"], [2, 3, 2]),
+    ):
+        calls.clear()
+        dimensions.clear()
+        assert set(model.encode(inputs, want)) == set(want)
+        assert (calls, dimensions) == (towers, projected), want
+
+
+def test_projecting_held_tower_features():
+    model = tiny_composite(image_projection="mlp", text_projection="mlp", projection_dropout=0.5)
+    want = ("image.embed", "text.embed", "image.token_embeds", "text.token_embeds")
+    inputs = some_inputs(model)
+    with torch.no_grad():
+        held = model.encode(inputs, tower_names(want) | {"text.mask"})
+        found, wanted = model.project(held), model.encode(inputs, want)
+    assert found.keys() == set(want)
+    assert all(torch.equal(found[name], wanted[name]) for name in want)
+
+
+def test_the_tower_features_behind_a_wish():
+    assert tower_names(("image.embed", "logit_scale", "logit_bias")) == {"image.pooled"}
+    assert tower_names(("image.token_embeds", "text.token_embeds", "text.mask", "text.embed")) == {
+        "image.tokens",
+        "text.tokens",
+        "text.mask",
+        "text.pooled",
+    }
+    assert tower_names(("image.pooled", "text.tokens")) == {"image.pooled", "text.tokens"}
+    assert tower_names(()) == frozenset()
+
+
+def test_a_borrowed_text_side_gives_no_text_tokens(tmp_path):
+    tiny_composite(seed=1).save(tmp_path / "lender")
+    pair = with_text_of(tiny_composite(), str(tmp_path / "lender"))
+    inputs = some_inputs(pair)
+    with torch.no_grad():
+        found = pair.encode(inputs, ("image.tokens", "text.embed"))
+    assert found["image.tokens"].shape == (4, 1, 16)
+    assert torch.equal(found["text.embed"], pair.encode_text(CAPTIONS))
+    for name in ("text.tokens", "text.token_embeds", "text.mask"):
+        with pytest.raises(UserError, match=f"cannot produce '{name}'"):
+            pair.encode(inputs, (name,))

@@ -14,6 +14,7 @@ from vlkd.models.towers import (
     CompactText,
     build_image_tower,
     build_transformers_text,
+    image_tokens,
     image_tower_width,
     load_timm_weights,
     masked_mean,
@@ -162,3 +163,122 @@ def test_pickled_damaged_and_missing_weights(tmp_path):
         load_timm_weights(tower, str(tmp_path / "tower.safetensors"))
     with pytest.raises(UserError, match="Found no file"):
         load_timm_weights(tower, str(tmp_path / "nowhere.safetensors"))
+
+
+TOWERS = [
+    ("efficientnet_lite0", "", 64),
+    ("resnet10t", TINY_IMAGE["image_kwargs"], 64),
+    ("test_vit", "", 160),
+    ("test_resnet", "", 64),
+    ("mobilenetv4_conv_small_050", "", 64),
+    ("test_convnext", "", 64),
+    ("test_mambaout", "", 64),
+    ("vit_tiny_patch16_224", '{"img_size": 48, "class_token": false, "global_pool": "avg", "depth": 1}', 48),
+    ("deit_tiny_distilled_patch16_224", '{"img_size": 48, "depth": 1}', 48),
+]
+
+
+def random_tower(name, kwargs):
+    """A tower in evaluation mode whose running statistics differ from the first ones."""
+    torch.manual_seed(0)
+    tower = build_image_tower(name, kwargs)
+    for key, value in tower.named_buffers():
+        if key.endswith("running_mean"):
+            value.normal_(std=0.1)
+    return tower.eval()
+
+
+@pytest.mark.parametrize(("name", "kwargs", "size"), TOWERS)
+def test_one_pass_gives_tokens_and_the_same_pooled_output(name, kwargs, size):
+    tower = random_tower(name, kwargs)
+    pixels = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        maps = tower.forward_features(pixels)
+        assert torch.equal(tower.forward_head(maps), tower(pixels))
+        tokens = image_tokens(tower, maps)
+    cells = min(16, maps.shape[1] - tower.num_prefix_tokens if maps.ndim == 3 else (size // 32) ** 2)
+    assert tokens.shape == (2, cells, image_tower_width(tower))
+
+
+@pytest.mark.parametrize(("name", "kwargs"), [("resnet10t", TINY_IMAGE["image_kwargs"]), ("test_efficientnet", "")])
+@pytest.mark.parametrize("size", [32, 128, 256])
+def test_tokens_of_an_averaging_network_average_to_its_output(name, kwargs, size):
+    tower = random_tower(name, kwargs)
+    with torch.no_grad():
+        maps = tower.forward_features(torch.randn(2, 3, size, size))
+        tokens = image_tokens(tower, maps)
+        torch.testing.assert_close(tokens.mean(dim=1), tower.forward_head(maps), rtol=1e-4, atol=1e-5)
+    assert tokens.shape[1] == min(16, (size // 32) ** 2)
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "mobilenetv4_conv_small_050", "test_convnext", "test_mambaout"])
+def test_a_map_of_equal_cells_has_the_output_as_every_token(name):
+    """Norms and widenings after the pool act on tokens as on the pooled output; neither layout mixes cells."""
+    tower = random_tower(name, "")
+    width = tower.num_features
+    map_ = torch.randn(3, width, 1, 1).expand(3, width, 5, 6)
+    maps = map_.permute(0, 2, 3, 1) if name == "test_mambaout" else map_
+    with torch.no_grad():
+        tokens, output = image_tokens(tower, maps), tower.forward_head(maps)
+    torch.testing.assert_close(tokens, output[:, None].expand(3, 16, -1), rtol=1e-4, atol=1e-4)
+
+
+def test_patches_take_the_norm_that_follows_the_pool():
+    tower = random_tower(
+        "vit_tiny_patch16_224", '{"img_size": 64, "class_token": false, "global_pool": "avg", "depth": 1}'
+    )
+    patches = 5 * torch.randn(3, 1, 192).expand(3, 16, 192) + 2
+    with torch.no_grad():
+        tokens, output = image_tokens(tower, patches), tower.forward_head(patches)
+    torch.testing.assert_close(tokens, output[:, None].expand(3, 16, -1), rtol=1e-4, atol=1e-4)
+    assert output.mean(dim=1).abs().max() < 1e-4
+
+
+def test_cells_come_row_by_row_and_prefix_tokens_are_dropped():
+    cells = torch.arange(16.0)
+    tower = random_tower("resnet10t", "")
+    tokens = image_tokens(tower, cells.view(1, 1, 4, 4).repeat(1, 512, 1, 1).repeat_interleave(2, dim=2))
+    assert torch.equal(tokens[0, :, 7], cells)
+    tower = random_tower("deit_tiny_distilled_patch16_224", '{"img_size": 64, "depth": 1}')
+    patches = torch.cat([torch.tensor([-50.0, -70.0]), cells]).view(1, 18, 1).expand(1, 18, 192)
+    assert torch.equal(image_tokens(tower, patches)[0, :, 7], cells)
+    # Three patches form no square: they stay as they are.
+    assert torch.equal(image_tokens(tower, patches[:, :5])[0, :, 7], cells[:3])
+
+
+def test_statistics_count_pooled_images_alone():
+    """In training the cells pass a head's BatchNorm without being counted, and modes are put back."""
+    tower = build_image_tower("mobilenetv4_conv_small_050", "").train()
+    maps = torch.randn(2, tower.num_features, 3, 3)
+    norms = [child for child in tower.modules() if isinstance(child, torch.nn.BatchNorm2d)]
+    before = [int(norm.num_batches_tracked) for norm in norms]
+    image_tokens(tower, maps)
+    assert [int(norm.num_batches_tracked) for norm in norms] == before
+    assert all(child.training for child in tower.modules())
+    tower.forward_head(maps)
+    assert sum(int(norm.num_batches_tracked) for norm in norms) == sum(before) + 1
+
+
+def test_features_of_another_form_are_one_sentence():
+    tower = random_tower("resnet10t", "")
+    for maps, part in (([torch.zeros(1, 3)], "list"), (torch.zeros(1, 512), "(1, 512)"), (torch.zeros(1, 3, 7), "7)")):
+        with pytest.raises(UserError, match="no term that reads image tokens") as caught:
+            image_tokens(tower, maps)
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["compact", "bert-mean", "bert-cls"])
+def test_pooled_tokens_are_the_output(tmp_path, kind):
+    tower = compact()
+    if kind != "compact":
+        tower = build_transformers_text(write_bert(tmp_path / "bert"), pooling=kind[5:], weights=True).eval()
+    with torch.no_grad():
+        tokens = tower.tokens(IDS, MASK)
+        assert tokens.shape == (3, 5, tower.width)
+        assert torch.equal(tower.pool(tokens, MASK), tower(IDS, MASK))
+        by_hand = (
+            tokens[:, 0]
+            if kind == "bert-cls"
+            else torch.stack([row[:n].mean(0) for row, n in zip(tokens, (3, 5, 1), strict=True)])
+        )
+    torch.testing.assert_close(tower(IDS, MASK), by_hand, rtol=0, atol=1e-6)

@@ -26,6 +26,12 @@ ALL_OBJECTIVES = (
     "method.relational=1", "method.interactive=1",
 )  # fmt: skip
 VARIANTS = {
+    "ammkd": ("ammkd", ("teachers.refs=first,second", "report.asymmetric=true")),
+    "ammkd-one": ("ammkd", ("teachers.refs=first", "teachers.bank=20", "train.accumulate=2")),
+    "ammkd-relative": ("ammkd", ("teachers.refs=a,b,c", "method.weighting=relative", "teachers.dtype=int8")),
+    "ammkd-online": ("ammkd", ("teachers.refs=a,b", "teachers.views=0", "teachers.bank=20", "method.normalised=true")),
+    "prepare-fused": ("prepare_teacher", ("method.fusion=1",)),
+    "prepare-fused-whole": ("prepare_teacher", ("method.fusion=1", "student.frozen_towers=false")),
     "retriever-online": ("retriever", (*ALL_OBJECTIVES, "teachers.views=0")),
     "retriever-held": ("retriever", (*ALL_OBJECTIVES, "teachers.views=2", "report.asymmetric=true", "train.ema=0.9")),
 }
@@ -76,7 +82,7 @@ def assignments(settings: dict, prefix: str = ""):
             yield f"{prefix}{key}={','.join(map(str, value)) if isinstance(value, list) else value}"
 
 
-@pytest.mark.parametrize("name", [*recipes.names("tasks"), *VARIANTS])
+@pytest.mark.parametrize("name", dict.fromkeys([*recipes.names("tasks"), *VARIANTS]))
 def test_smoke(name, tmp_path):
     recipe, words = VARIANTS.get(name, (name, ()))
     main(["train", recipe, "smoke=true", f"out={tmp_path / 'run'}", *words])
@@ -86,6 +92,35 @@ def test_smoke(name, tmp_path):
             mixed = load(str(tmp_path / "run" / f"student-with-text-of-{teacher}"))
             lender = load(str(tmp_path / "run-smoke-data" / teacher))
             torch.testing.assert_close(mixed.encode_text(["a dog"]), lender.encode_text(["a dog"]))
+
+
+@pytest.mark.parametrize("bank", [0, 20])
+def test_cached_and_online_teachers_give_the_same_losses(bank, tmp_path):
+    """Three steps on the same views: to 1e-4 from what is stored in single precision, to a thousandth in half."""
+    logged = {}
+    for name, words in {
+        "online": ["teachers.views=0"],
+        "float32": ["teachers.views=2", "teachers.dtype=float32"],
+        "float16": ["teachers.views=2"],
+    }.items():
+        command = ["train", "ammkd", "smoke=true", "teachers.refs=first,second", "method.bound=1"]
+        main([*command, *words, f"teachers.bank={bank}", f"out={tmp_path / name}"])
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        logged[name] = [row for row in rows if "loss" in row]
+    for online, single, half in zip(*logged.values(), strict=True):
+        names = [name for name in online if name.startswith(("loss", "weight/"))]
+        assert len(names) == 10
+        for name in names:
+            assert single[name] == pytest.approx(online[name], abs=1e-4), name
+            assert half[name] == pytest.approx(online[name], rel=1e-3, abs=1e-4), name
+
+
+def test_an_exported_teacher_holds_nothing_of_the_fusion_network(tmp_path):
+    main(["train", "prepare_teacher", "smoke=true", "method.fusion=1", f"out={tmp_path / 'run'}"])
+    exported = load_file(str(tmp_path / "run" / "student" / "model.safetensors"))
+    trained = load_file(str(whole_checkpoints(tmp_path / "run" / "checkpoints")[-1] / "distiller.safetensors"))
+    assert any(name.startswith("objectives.fusion.") for name in trained)
+    assert {name.removeprefix("student.") for name in trained if name.startswith("student.")} == exported.keys()
 
 
 def test_a_copy_runs_and_ending_twice_changes_nothing(tmp_path, capsys):
@@ -118,6 +153,8 @@ def test_an_output_folder_with_other_files_is_refused(tmp_path, capsys):
         (["train", "retriever", "train.samples=many"], "expected a whole number"),
         (["train", "retriever", "method.distance=far"], "expected one of mse, cosine"),
         (["train", "retriever", "smoke"], "expected key=value"),
+        (["train", "ammkd", "smoke=true"], "needs teachers"),
+        (["train", "ammkd", "smoke=true", "teachers.refs=a,b", "method.bound=1.5"], "bound 1.5"),
         (["prep", "nothing"], "Nothing in data_prep is called 'nothing'"),
         (["eval", "nothing"], "Nothing in eval is called 'nothing'"),
     ],

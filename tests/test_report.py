@@ -298,7 +298,7 @@ def full_report(folder: Path, words: str) -> Path:
         lead=words,
         settings={words: words},
         metrics_path=metrics,
-        table=Table(("model", words), [(words, words)], caption=words),
+        tables={words: Table(("model", words), [(words, words)], caption=words)},
         galleries=[Gallery(title=words, note=words, items=[text_query(words, 700, missed=missed), image_query])],
         notes=[words],
         figures=[Figure(label=words, value=words, note=words)],

@@ -23,6 +23,11 @@ FEATURES: Mapping[str, str] = {
     "text.embed": "(B, D), not normalised, from dual encoders",
     "image.pooled": "(B, C), the image tower's output before its projection",
     "text.pooled": "(B, C), the text tower's output before its projection",
+    "image.tokens": "(B, N, C), the image tower's cells before pooling and projection",
+    "text.tokens": "(B, N, C), the text tower's tokens before pooling and projection, N the context length",
+    "text.mask": "(B, N) bool, true on the text's real tokens",
+    "image.token_embeds": "(B, N, D), each of `image.tokens` through the projection of `image.embed`",
+    "text.token_embeds": "(B, N, D), each of `text.tokens` through the projection of `text.embed`",
     "logit_scale": "(), the factor on cosines, already exponentiated",
     "logit_bias": "(), added to scaled cosines (SigLIP)",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from helpers.tiny_models import CAPTIONS, tiny_composite, tiny_tokenizer
@@ -16,7 +17,7 @@ from vlkd.models.base import DualEncoderModule
 from vlkd.models.composite import CompositeModel
 from vlkd.models.spec import CompositeSpec, build_composite
 from vlkd.models.tokenizer import train_tokenizer
-from vlkd.objectives import embedding_mse, info_nce, relational_kl
+from vlkd.objectives import class_kl, embedding_mse, info_nce, relational_kl
 
 TEXTS: Sequence[Sequence[str]] = (CAPTIONS[:2], CAPTIONS[2:3], (), CAPTIONS[3:], CAPTIONS[2:3], (), CAPTIONS[:1], ())
 """Three images are unlabelled; two others share their only caption."""
@@ -24,6 +25,14 @@ TEXTS: Sequence[Sequence[str]] = (CAPTIONS[:2], CAPTIONS[2:3], (), CAPTIONS[3:],
 VIEWS = ViewSettings(color=0.3)
 
 STUDENT_PAIR = ("student.image.embed", "student.text.embed")
+
+
+CONTRASTIVE = Term(
+    name="contrastive",
+    objective=info_nce,
+    features=(*STUDENT_PAIR, "student.logit_scale"),
+    match=True,
+)
 
 
 def tiny_student(seed: int = 0) -> CompositeModel:
@@ -66,7 +75,7 @@ def tiny_teachers() -> dict[str, CompositeModel]:
 def terms_of(teacher: str = "one") -> tuple[Term, ...]:
     """Contrastive with matches, projected matching of images and texts, relations."""
     return (
-        Term(name="contrastive", objective=info_nce, features=(*STUDENT_PAIR, "student.logit_scale"), match=True),
+        CONTRASTIVE,
         Term(
             name="images",
             objective=embedding_mse,
@@ -93,6 +102,25 @@ def terms_of(teacher: str = "one") -> tuple[Term, ...]:
             ),
             teacher=teacher,
         ),
+    )
+
+
+def class_terms(*teachers: str) -> tuple[Term, ...]:
+    """Per teacher the KL over class vectors, of images and of captions."""
+    return tuple(
+        Term(
+            name=f"{teacher}/{side}",
+            objective=partial(class_kl, tau=2.0),
+            features=(
+                f"projected.{side}.embed",
+                f"teacher.{side}.embed",
+                f"classes.{other}.embed",
+                "teacher.logit_scale",
+            ),
+            teacher=teacher,
+        )
+        for teacher in teachers
+        for side, other in (("image", "text"), ("text", "image"))
     )
 
 

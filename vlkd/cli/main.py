@@ -16,6 +16,7 @@ VERBS = {
     "cp": "an editable copy of a recipe",
     "train": "run a recipe; the same command continues its output folder",
     "prep": "prepare data: shards, splits, scenes",
+    "cache": "teachers' features, computed once and stored",
     "eval": "measure models by one protocol",
     "index": "build a FAISS index of images, add to it or remove from it",
     "search": "search an index by text or by image",

@@ -7,21 +7,25 @@ remainder of an epoch carries over into the next batch.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vlkd.data.decoded import Decoded
 from vlkd.data.images import BadImage
 from vlkd.data.sources import MAX_BAD_SHARE, Pairs
-from vlkd.data.views import ViewSettings, colors, draws, geometry, view_of
+from vlkd.data.views import View, ViewSettings, colors, draws, geometry, view_of
 from vlkd.errors import UserError
 from vlkd.features import Preprocessing
+
+Ids = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,9 @@ class Batch:
         views: (B,) the numbers of their views.
         captioned: (B,) bool, true where a caption was drawn; T of them are.
         texts: (T,) the drawn captions' numbers among all captions of the table, in the order of their images.
-        caption_ids: (T,) equal for equal strings.
+        caption_ids: (T,) the number of the caption's string among the table's distinct ones.
+        own_ids: (T, P) those of all captions of each captioned image, -1 after the last; P is the largest number of
+            captions that any image of the table has.
         inputs: per model name its `pixels`, `ids` and `mask`; image rows are B, text rows are T, or one blank text
             where T = 0, so that a rank without captions runs (and gathers) what the others do.
         bad: keys of images that could not be decoded and were left out.
@@ -46,6 +52,7 @@ class Batch:
     captioned: Tensor
     texts: Tensor
     caption_ids: Tensor
+    own_ids: Tensor
     inputs: dict[str, dict[str, Tensor]]
     bad: list[str] = field(default_factory=list)
 
@@ -57,12 +64,22 @@ class Batch:
             name: {key: value.to(device, non_blocking=True) for key, value in part.items()}
             for name, part in self.inputs.items()
         }
-        return replace(self, captioned=self.captioned.to(device), caption_ids=self.caption_ids.to(device), inputs=moved)
+        return replace(
+            self,
+            captioned=self.captioned.to(device),
+            caption_ids=self.caption_ids.to(device),
+            own_ids=self.own_ids.to(device),
+            inputs=moved,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Consumer:
-    """What a model needs of each sample: pixels, text, both; and whether it is the student, who alone sees colours."""
+    """What a model needs of each sample: pixels, text, both; and whether it is the student, who alone sees colours.
+
+    Each is decoded at a size that depends on its own input alone, so that its pixels do not depend on who else runs:
+    stored features are those of the very pixels that the model would see beside the student.
+    """
 
     preprocessing: Preprocessing
     image: bool
@@ -90,7 +107,9 @@ class SampleSequence(Dataset[_Sample]):
         seed: of order and captions.
         view_seed: of the views themselves, apart from `seed` so that stored teacher views serve many runs.
         view_cycle: after so many epochs the views come round again (as many as are stored); 0 never.
-        decoded: images in memory.
+        decoded: images in memory, for the student; teachers see those of the files.
+        stored_view: gives the stored view of a row and a view number, applied again in place of a drawn one; colours
+            are drawn all the same.
         unusable: rows that are left out like pictures that cannot be decoded, known from an earlier pass.
     """
 
@@ -104,6 +123,7 @@ class SampleSequence(Dataset[_Sample]):
         view_seed: int = 0,
         view_cycle: int = 0,
         decoded: Decoded | None = None,
+        stored_view: Callable[[int, int], View] | None = None,
         unusable: Collection[int] = (),
     ) -> None:
         self.pairs = pairs
@@ -113,13 +133,15 @@ class SampleSequence(Dataset[_Sample]):
         self.view_seed = view_seed
         self.view_cycle = view_cycle
         self.decoded = decoded
+        self.stored_view = stored_view
         self.unusable = frozenset(unusable)
-        self.first_text = np.cumsum([0, *(len(captions) for captions in pairs.captions)])
-        self.size_hint = max((max(item.preprocessing.image_size) for item in consumers.values()), default=1) * 2
+        counts = np.array([len(captions) for captions in pairs.captions], dtype=np.int64)
+        self.first_text = np.cumsum(counts) - counts
+        self.caption_ids, self.own_ids = _caption_ids(pairs, counts)
         # A plain attribute, because a sequence with a cached method could not travel to a spawned worker.
-        self._latest: tuple[int, np.ndarray[Any, np.dtype[np.int64]]] | None = None
+        self._latest: tuple[int, Ids] | None = None
 
-    def _order(self, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    def _order(self, epoch: int) -> Ids:
         if self._latest is None or self._latest[0] != epoch:
             self._latest = (epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.pairs)))
         return self._latest[1]
@@ -145,16 +167,28 @@ class SampleSequence(Dataset[_Sample]):
         wanting = {name: item for name, item in self.consumers.items() if item.image}
         if not wanting:
             return {}
-        try:
-            image = self.decoded.image(row) if self.decoded else self.pairs.image(row, size_hint=self.size_hint)
-        except BadImage:
-            return None
         view = view_of(self.settings, self.view_seed, key, number)
-        seen = geometry(image, view)
-        return {
-            name: item.preprocessing.view_transform(colors(seen, view) if item.student else seen)
-            for name, item in wanting.items()
-        }
+        if self.stored_view is not None:
+            view = replace(self.stored_view(row, number), color=view.color)
+        pictures: dict[int, Image] = {}
+        pixels = {}
+        for name, item in wanting.items():
+            in_memory = self.decoded is not None and item.student
+            hint = 0 if in_memory else 2 * max(item.preprocessing.image_size)
+            if hint not in pictures:
+                try:
+                    pictures[hint] = geometry(self._picture(row, hint), view)
+                except BadImage:
+                    return None
+            seen = pictures[hint]
+            pixels[name] = item.preprocessing.view_transform(colors(seen, view) if item.student else seen)
+        return pixels
+
+    def _picture(self, row: int, hint: int) -> Image:
+        """Decoded for inputs of half that size; 0 takes the one in memory."""
+        if hint or self.decoded is None:
+            return self.pairs.image(row, size_hint=hint)
+        return self.decoded.image(row)
 
     def collate(self, samples: Sequence[_Sample]) -> Batch:
         """Stack samples, tokenising their captions once per model."""
@@ -169,18 +203,27 @@ class SampleSequence(Dataset[_Sample]):
             if item.text:
                 part |= item.preprocessing.tokenize(texts or [""])
             inputs[name] = part
-        number = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-        ids = [int(draws(0, text, 0, "id").integers(2**62)) for text in number]
+        numbers = np.array([sample.text for sample in captioned], dtype=np.int64)
         return Batch(
             keys=[sample.key for sample in good],
             rows=torch.tensor([sample.row for sample in good], dtype=torch.int64),
             views=torch.tensor([sample.view for sample in good], dtype=torch.int64),
             captioned=torch.tensor([sample.text >= 0 for sample in good], dtype=torch.bool),
-            texts=torch.tensor([sample.text for sample in captioned], dtype=torch.int64),
-            caption_ids=torch.tensor([ids[number[text]] for text in texts], dtype=torch.int64),
+            texts=torch.from_numpy(numbers),
+            caption_ids=torch.from_numpy(self.caption_ids[numbers]),
+            own_ids=torch.from_numpy(self.own_ids[[sample.row for sample in captioned]]),
             inputs=inputs,
             bad=[sample.key for sample in samples if sample.pixels is None],
         )
+
+
+def _caption_ids(pairs: Pairs, counts: Ids) -> tuple[Ids, Ids]:
+    """The number of each caption's string among the distinct ones, (T,), and those of each image, (N, P), -1 padded."""
+    number: dict[str, int] = {}
+    ids = np.array([number.setdefault(text, len(number)) for text in pairs.texts()], dtype=np.int64)
+    own = np.full((len(pairs), int(counts.max(initial=0))), -1, dtype=np.int64)
+    own[np.arange(own.shape[1]) < counts[:, None]] = ids
+    return ids, own
 
 
 class _RankPositions:

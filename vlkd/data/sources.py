@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
@@ -16,6 +18,8 @@ from vlkd.data.shards import index_shard, read_captions, read_member
 from vlkd.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+LIST_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv")
+DATA_SUFFIXES = (".tar", ".json", *LIST_SUFFIXES)
 MAX_BAD_SHARE = 0.05
 """Above this share of pictures that are missing or cannot be decoded, the data are refused."""
 
@@ -73,9 +77,17 @@ class Pairs:
     def fingerprint(self) -> str:
         """A hash of keys, captions and the images' places and sizes."""
         state = hashlib.sha256()
-        for key, captions, file in zip(self.keys, self.captions, self.files, strict=True):
-            state.update(repr((key, captions, file.path.name, file.offset, file.length())).encode())
+        for row in self._row_states():
+            state.update(row)
         return state.hexdigest()[:16]
+
+    def row_fingerprints(self) -> list[str]:
+        """The same of each row alone, so that a row is known again in another order or among others."""
+        return [hashlib.blake2b(row, digest_size=8).hexdigest() for row in self._row_states()]
+
+    def _row_states(self) -> Iterator[bytes]:
+        for key, captions, file in zip(self.keys, self.captions, self.files, strict=True):
+            yield repr((key, captions, file.path.name, file.offset, file.length())).encode()
 
 
 def open_pairs(ref: str) -> Pairs:
@@ -95,10 +107,19 @@ def open_pairs(ref: str) -> Pairs:
 
 
 def open_union(refs: Sequence[str]) -> Pairs:
-    """Several sources one after the other; keys get the source's number in front where they would repeat."""
+    """Several sources one after the other, as `union` joins them."""
+    return union(open_sources(refs))
+
+
+def open_sources(refs: Sequence[str]) -> list[Pairs]:
+    """Each source alone; raises `UserError` where none is named."""
     if not refs:
         raise UserError("No data are named; set data.train=PATH.")
-    sources = [open_pairs(ref) for ref in refs]
+    return [open_pairs(ref) for ref in refs]
+
+
+def union(sources: Sequence[Pairs]) -> Pairs:
+    """Sources one after the other; keys get the source's number in front where they would repeat."""
     keys = [key for source in sources for key in source.keys]
     if len(set(keys)) < len(keys):
         keys = [f"{number}:{key}" for number, source in enumerate(sources) for key in source.keys]
@@ -108,6 +129,19 @@ def open_union(refs: Sequence[str]) -> Pairs:
         [file for source in sources for file in source.files],
         tuple(problem for source in sources for problem in source.problems),
     )
+
+
+def source_name(ref: str) -> str:
+    """A short name for a source's folder: the last two parts of its path and its split.
+
+    `data/coco/train` is `coco-train`, `emoji/captions.jsonl#train` is `emoji-captions-train`, and of a glob only the
+    parts before and between the wildcards count: `data/coco/train/*.tar` is `coco-train`, too.
+    """
+    path, split = _place(ref)
+    place = Path(os.path.abspath(path))
+    parts = [*place.parts[:-1], place.stem if place.suffix in DATA_SUFFIXES else place.name]
+    words = [re.sub(r"[^\w]+", "-", re.sub(r"[*?]|\[[^]]*\]", " ", part)).strip("-") for part in parts]
+    return "-".join([*[word for word in words if word][-2:], *([split] if split else [])]) or "data"
 
 
 def _place(ref: str) -> tuple[str, str]:
@@ -134,7 +168,7 @@ def _open(place: str, split: str, ref: str) -> Pairs:
         return _from_shards([path])
     if path.suffix == ".json":
         return _from_records(read_karpathy(path), split, path)
-    if path.suffix in (".jsonl", ".ndjson", ".csv", ".tsv"):
+    if path.suffix in LIST_SUFFIXES:
         return _from_records(read_captions_file(path), split, path)
     raise UserError(
         f"{ref} is no known data file; expected .tar (without #SPLIT), .jsonl, .csv, a Karpathy .json or a folder."

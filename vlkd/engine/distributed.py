@@ -1,10 +1,10 @@
-"""Rows of all ranks together, with gradients."""
+"""What ranks tell each other: rows with gradients, means, first weights."""
 
 from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def gather_rows(rows: Tensor) -> Tensor:
@@ -13,7 +13,7 @@ def gather_rows(rows: Tensor) -> Tensor:
     Gradients flow back to each rank's own rows, summed over the ranks' losses. Each rank computes the loss of the whole
     global batch, so the mean over ranks that data parallelism takes is the gradient of that loss.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if alone():
         return rows
     world_size = dist.get_world_size()
     counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(world_size)]
@@ -30,3 +30,53 @@ def gather_rows(rows: Tensor) -> Tensor:
         dist.all_gather(received, wire)
         parts = [part.to(padded.dtype) for part in received]
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+def alone() -> bool:
+    """Whether this is the only rank."""
+    return not dist.is_initialized() or dist.get_world_size() == 1
+
+
+@torch.no_grad()
+def mean_over_ranks(tensor: Tensor) -> Tensor:
+    """The mean of a tensor over all ranks, the same bits on each; itself on one rank."""
+    if alone():
+        return tensor
+    total = tensor.clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+@torch.no_grad()
+def average_gradients(module: nn.Module) -> None:
+    """Put the mean over ranks in place of every trained parameter's gradient; a missing one counts as zero.
+
+    One flat message per dtype. A parameter that no rank used (a text tower in a batch without captions) is no special
+    case, which it is under `DistributedDataParallel`.
+    """
+    if alone():
+        return
+    by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            by_dtype.setdefault(parameter.dtype, []).append(parameter)
+    for parameters in by_dtype.values():
+        grads = [torch.zeros_like(one) if one.grad is None else one.grad for one in parameters]
+        flat = torch.cat([grad.reshape(-1) for grad in grads])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        for parameter, grad, part in zip(
+            parameters, grads, torch.split(flat, [grad.numel() for grad in grads]), strict=True
+        ):
+            parameter.grad = grad.copy_(part.view(grad.shape))
+
+
+@torch.no_grad()
+def copy_from_first_rank(module: nn.Module) -> None:
+    """Give all ranks the weights and buffers of rank 0."""
+    if alone():
+        return
+    for value in module.state_dict().values():
+        dense = value.contiguous()
+        dist.broadcast(dense, 0)
+        value.copy_(dense)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vlkd import __version__
-from vlkd.data.sources import Pairs, open_pairs
+from vlkd.data.sources import Pairs, open_pairs, source_name
 from vlkd.distill.distiller import Distiller
 from vlkd.engine.loop import Outcome
 from vlkd.engine.results import Entry, evaluate_entry, write_report
@@ -30,6 +31,15 @@ def retrieval_figures(model: DualEncoderModule, pairs: Pairs) -> dict[str, float
         "mean_hit@1": result.mean_hit_at_1,
         "mean_hit@10": (result.image_to_text["hit@10"] + result.text_to_image["hit@10"]) / 2,
         "rsum": result.rsum,
+    }
+
+
+def watched_figures(model: DualEncoderModule, watched: Mapping[str, Pairs]) -> dict[str, float]:
+    """The figures on each watched set; its name stands in front where there are several."""
+    return {
+        f"{name}/{key}" if len(watched) > 1 else key: value
+        for name, pairs in watched.items()
+        for key, value in retrieval_figures(model, pairs).items()
     }
 
 
@@ -56,21 +66,21 @@ def finish(
                 mixed = with_text_of(student, ref, heads=(head,))
                 mixed.save(folder / f"student-with-text-of-{name}")
                 entries.append(Entry(role="student image, teacher text", name=name, model=mixed))
-    entries += [Entry(role="teacher", name=name, model=model.cpu()) for name, model in teachers.items()]
+    if config.report.teachers:
+        entries += [Entry(role="teacher", name=name, model=model.cpu()) for name, model in teachers.items()]
     entries += [Entry(role="compared", name=ref, model=load(ref)) for ref in config.report.compare]
-    rows: list[dict[str, Any]] = []
-    place = config.data.test or config.data.val
-    evaluated = []
-    if place:
-        held_out = open_pairs(place)
-        evaluated = [evaluate_entry(entry, held_out) for entry in entries]
-        run = {"samples": outcome.samples, "steps": outcome.step, "seconds": outcome.seconds, "seed": config.seed}
-        rows = [item.row | {"data": place, "vlkd": __version__} | run for item in evaluated]
+    held_out = {place: open_pairs(place) for place in config.data.test or config.data.val}
+    evaluated = {place: [evaluate_entry(entry, found) for entry in entries] for place, found in held_out.items()}
+    run = {"samples": outcome.samples, "steps": outcome.step, "seconds": outcome.seconds, "seed": config.seed}
+    rows: list[dict[str, Any]] = [
+        item.row | {"data": place, "vlkd": __version__} | run for place, items in evaluated.items() for item in items
+    ]
+    if rows:
         write_lines(folder / "results.jsonl", rows)
-    path = write_report(config, folder, evaluated, open_pairs(place) if place else None, len(pairs))
+    path = write_report(config, folder, evaluated, held_out, len(pairs))
     for row in rows:
         print(
-            f"{row['role']:<28} {row['name']:<40} hit@1 {100 * row['mean_hit@1']:5.1f}  "
+            f"{source_name(row['data']):<20} {row['role']:<28} {row['name']:<40} hit@1 {100 * row['mean_hit@1']:5.1f}  "
             f"hit@10 {100 * row['mean_hit@10']:5.1f}"
         )
     print(f"student: {folder / 'student'}\nreport: {path}", flush=True)

@@ -12,15 +12,17 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vlkd.data.loader import Batch, BatchStream
+from vlkd.data.loader import BatchStream
 from vlkd.distill.distiller import Distiller
 from vlkd.engine.checkpoint import load_checkpoint, save_checkpoint, whole_checkpoints
+from vlkd.engine.distributed import copy_from_first_rank
 from vlkd.engine.log import MetricsLog
 from vlkd.engine.optim import AveragedWeights, clamp_logit_scale, learning_rate, parameter_groups
 from vlkd.engine.settings import Train
-from vlkd.errors import UserError
+from vlkd.engine.step import Step, backward_step
 from vlkd.models.base import DualEncoderModule
 from vlkd.models.composite import CompositeModel
+from vlkd.weighting import Weighting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,18 +45,20 @@ class Outcome:
 def train(
     distiller: Distiller,
     stream: BatchStream,
+    weighting: Weighting,
     settings: Train,
     folder: Path,
     accelerator: Accelerator,
     evaluate: Callable[[DualEncoderModule], dict[str, float]],
 ) -> Outcome:
-    """Train until the stream ends: data, forward, weights, backward, step, log, evaluate, save.
+    """Train until the stream ends: data, forward and backward (`backward_step`), update, log, evaluate, save.
 
     The newest whole checkpoint in `folder` is continued.
 
     Args:
         distiller: student, heads and terms.
         stream: the batches of this rank.
+        weighting: how teachers are combined.
         settings: of the optimiser, the log and the checkpoints.
         folder: of the run.
         accelerator: devices, ranks and precision.
@@ -70,13 +74,14 @@ def train(
     averaged = AveragedWeights(distiller.student, settings.ema) if settings.ema else None
     modules: dict[str, nn.Module] = {"distiller": distiller} | ({"averaged": averaged.module} if averaged else {})
     step, earlier = 0, 0.0
-    if found := whole_checkpoints(folder / "checkpoints"):
-        state = load_checkpoint(found[-1], modules=modules, optimizer=optimizer)
+    if saved := whole_checkpoints(folder / "checkpoints"):
+        state = load_checkpoint(saved[-1], modules=modules, optimizer=optimizer)
         step, earlier = state["step"], state["seconds"]
         stream.load_state_dict(state["stream"])
-        accelerator.print(f"continuing from {found[-1]} ({stream.position} samples seen)")
+        weighting.load_state_dict(state["weighting"])
+        accelerator.print(f"continuing from {saved[-1]} ({stream.position} samples seen)")
     log = MetricsLog(folder / "metrics.jsonl", step) if accelerator.is_main_process else None
-    model, optimizer = accelerator.prepare(distiller, optimizer)
+    copy_from_first_rank(distiller)
     best = averaged.module if averaged else distiller.student
     started = last_saved = last_logged = time.perf_counter()
     logged_position = stream.position
@@ -94,13 +99,9 @@ def train(
         rate = learning_rate(step, steps=steps, peak=settings.lr, warmup=settings.warmup)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        with accelerator.autocast():
-            losses = model(batch)
-        total = distiller.total(losses)
-        _check_finite(total, losses, batch)
         optimizer.zero_grad(set_to_none=True)
-        accelerator.backward(total)
-        norm = accelerator.clip_grad_norm_(distiller.parameters(), settings.clip or float("inf"))
+        found = backward_step(distiller, batch, weighting, accelerator, settings.accumulate)
+        norm = nn.utils.clip_grad_norm_(distiller.parameters(), settings.clip or float("inf"))
         optimizer.step()
         if isinstance(distiller.student, CompositeModel):
             clamp_logit_scale(distiller.student.log_logit_scale, settings.max_logit_scale)
@@ -111,7 +112,7 @@ def train(
         ended = step == steps
         if log and (step % settings.log_steps == 0 or ended):
             now = time.perf_counter()
-            row = _figures(distiller, losses, total, norm, rate)
+            row = _figures(distiller, found, norm, rate)
             row["samples_per_second"] = (stream.position - logged_position) / (now - last_logged)
             last_logged, logged_position = now, stream.position
             bar.set_postfix({"loss": f"{row['loss']:.3f}", "lr": f"{rate:.1e}"}, refresh=False)
@@ -128,7 +129,11 @@ def train(
                 step,
                 modules=modules,
                 optimizer=optimizer,
-                state={"stream": stream.state_dict(), "seconds": earlier + time.perf_counter() - started},
+                state={
+                    "stream": stream.state_dict(),
+                    "weighting": weighting.state_dict(),
+                    "seconds": earlier + time.perf_counter() - started,
+                },
             )
             last_saved = time.perf_counter()
         if ended:
@@ -142,23 +147,13 @@ def _next(position: int, interval: int) -> float:
     return (position // interval + 1) * interval if interval else float("inf")
 
 
-def _figures(
-    distiller: Distiller, losses: dict[str, Tensor], total: Tensor, norm: Tensor, rate: float
-) -> dict[str, float]:
-    """What is logged: each term raw and weighted, the total, the gradient's norm, the rate, the logit scale."""
-    row = {f"loss/{name}": float(value.detach()) for name, value in losses.items()}
+def _figures(distiller: Distiller, found: Step, norm: Tensor, rate: float) -> dict[str, float]:
+    """What is logged: each term raw and weighted, the teachers' weights, the total, the gradient's norm, the rate."""
+    row = {f"loss/{name}": float(value.detach()) for name, value in found.losses.items()}
     for term in distiller.terms:
-        if term.name in losses:
-            row[f"weighted/{term.name}"] = distiller.weight_of(term) * row[f"loss/{term.name}"]
+        if term.name in found.losses:
+            weight = term.weight * found.balance.weights.get(term.name, 1.0)
+            row[f"weighted/{term.name}"] = weight * row[f"loss/{term.name}"]
     scale = distiller.student.scale_features()["logit_scale"].detach()
-    return row | {"loss": float(total.detach()), "gradient_norm": float(norm), "lr": rate, "logit_scale": float(scale)}
-
-
-def _check_finite(total: Tensor, losses: dict[str, Tensor], batch: Batch) -> None:
-    if torch.isfinite(total):
-        return
-    wrong = ", ".join(f"{name} = {float(value)}" for name, value in losses.items() if not torch.isfinite(value))
-    raise UserError(
-        f"Found a loss that is not finite ({wrong or f'their sum = {float(total)}'}) on the samples "
-        f"{', '.join(batch.keys[:8])}, ...; lower train.lr, or check these samples and the teachers."
-    )
+    own = {"loss": float(found.total.detach()), "gradient_norm": float(norm), "lr": rate, "logit_scale": float(scale)}
+    return row | found.balance.figures | own

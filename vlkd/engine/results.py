@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlkd.config import to_json
-from vlkd.data.sources import Pairs
+from vlkd.data.sources import Pairs, source_name
 from vlkd.engine.settings import Run
 from vlkd.metrics import bootstrap_interval, hit_at_k
 from vlkd.models.base import DualEncoderModule
@@ -70,15 +70,33 @@ def per_image_hits(result: RetrievalResult, k: int) -> NDArray[np.float64]:
     return np.asarray((image_hits + sums / counts) / 2, np.float64)
 
 
-def write_report(config: Run, folder: Path, evaluated: Sequence[Evaluated], pairs: Pairs | None, images: int) -> Path:
-    """Draw `report.html`: figures of all entries, curves, the student's best and worst queries, settings."""
+def write_report(
+    config: Run,
+    folder: Path,
+    evaluated: Mapping[str, Sequence[Evaluated]],
+    held_out: Mapping[str, Pairs],
+    images: int,
+) -> Path:
+    """Draw `report.html`: figures of all entries on each held-out set, curves, the student's best and worst queries.
+
+    Args:
+        config: of the run.
+        folder: of the run.
+        evaluated: per held-out set its entries, the student first.
+        held_out: the sets.
+        images: trained on.
+    """
     notes = [f"Trained on {images} images, {config.train.samples} samples seen, seed {config.seed}."]
-    if evaluated:
-        result = evaluated[0].result
+    for place, items in evaluated.items():
+        result = items[0].result
         notes.append(
-            f"Held-out set: {config.data.test or config.data.val}, {result.images} images and {result.captions} "
-            f"captions, {result.duplicate_captions} of them repeats. hit@k: the share of queries with a right answer "
-            "among the first k, mean of both directions; below it the 95 % interval from a bootstrap over images."
+            f"Held-out set {place}: {result.images} images and {result.captions} captions, "
+            f"{result.duplicate_captions} of them repeats."
+        )
+    if evaluated:
+        notes.append(
+            "hit@k: the share of queries with a right answer among the first k, mean of both directions; below it the "
+            "95 % interval from a bootstrap over images."
         )
     return write_run_report(
         folder,
@@ -86,8 +104,12 @@ def write_report(config: Run, folder: Path, evaluated: Sequence[Evaluated], pair
         lead="Image-text retrieval with a distilled student." if config.teachers.refs else "Trained without a teacher.",
         settings=flat(to_json(config)),
         metrics_path=folder / "metrics.jsonl",
-        table=result_table(evaluated) if evaluated else None,
-        galleries=galleries(evaluated[0], pairs) if evaluated and pairs else (),
+        tables={source_name(place): result_table(items) for place, items in evaluated.items()},
+        galleries=[
+            replace(gallery, title=f"{gallery.title}, {source_name(place)}" if len(held_out) > 1 else gallery.title)
+            for place, items in evaluated.items()
+            for gallery in galleries(items[0], held_out[place])
+        ],
         notes=notes,
     )
 

@@ -2,40 +2,43 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from vlkd import config as settings_module
 from vlkd.data.decoded import Decoded
 from vlkd.data.loader import BatchStream, Consumer, SampleSequence
-from vlkd.data.sources import Pairs, open_pairs, open_union
-from vlkd.distill.distiller import Distiller
-from vlkd.distill.teachers import OnlineTeacher, StoredTeacher, Teacher, stored_teacher
+from vlkd.data.sources import Pairs, open_pairs, open_sources, source_name, union
+from vlkd.distill.cache import CacheSpec, ensure_cache
+from vlkd.distill.distiller import Distiller, first_of_each
+from vlkd.distill.teachers import CachedTeacher, OnlineTeacher, Teacher, text_features
 from vlkd.distill.term import Term, wanted
 from vlkd.engine.distributed import gather_rows
-from vlkd.engine.finish import finish, retrieval_figures
+from vlkd.engine.finish import finish, watched_figures
 from vlkd.engine.loop import train
 from vlkd.engine.settings import Run
 from vlkd.engine.smoke import shrink_to_smoke
 from vlkd.errors import UserError
 from vlkd.models.base import DualEncoderModule
-from vlkd.models.composite import load_composite
+from vlkd.models.composite import load_composite, tower_names
 from vlkd.models.load import load
 from vlkd.models.self_check import self_check
 from vlkd.models.spec import build_composite
 from vlkd.models.tokenizer import train_tokenizer
-from vlkd.weighting import fixed_weights, uniform_weights
+from vlkd.weighting import Fixed, Weighting, uniform_weights
 
 CHECKED_PAIRS = 128
-HELD = frozenset({"image.embed", "text.embed", "logit_scale"})
-"""Held for every teacher, so that one pass over the data serves runs with other terms."""
+HELD = frozenset({"image.embed", "text.embed"})
+"""Stored of every teacher, so that one pass over the data serves runs with other terms."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,29 +67,30 @@ def run_recipe(recipe: ModuleType, assignments: Sequence[str]) -> Path:
     )
     if config.train.trackers:
         accelerator.init_trackers("vlkd")
+    # Objectives may bring weights of their own.
+    torch.manual_seed(config.seed)
     terms: tuple[Term, ...] = recipe.terms(config)
-    pairs = open_union(config.data.train)
+    weighting = weighting_of(recipe, config)
+    sources = dict(zip(config.data.train, open_sources(config.data.train), strict=True))
+    pairs = union(list(sources.values()))
     report_data(pairs)
+    watched = {source_name(ref): open_pairs(ref) for ref in config.data.val}
     torch.manual_seed(config.seed)
     student = build_student(config, pairs, folder)
-    teaching = prepare_teachers(config, terms, pairs, accelerator)
-    towers = frozen_towers(config, student, pairs)
-    weights = (
-        fixed_weights(config.teachers.weights, len(teaching.sources))
-        if config.teachers.weights
-        else uniform_weights(len(teaching.sources))
-    )
-    torch.manual_seed(config.seed + 1)
-    distiller = Distiller(student, terms, teaching.sources, weights, towers=towers, gather=gather_rows)
+    teaching = prepare_teachers(config, terms, sources, pairs, accelerator)
+    towers = frozen_towers(config, student, terms, sources)
     stream = open_stream(config, pairs, student, terms, teaching, towers, accelerator)
-    watched = open_pairs(config.data.val) if config.data.val else None
+    banks = class_vector_banks(config, stream.sequence, teaching, accelerator)
+    torch.manual_seed(config.seed + 1)
+    distiller = Distiller(student, terms, teaching.sources, towers=towers, banks=banks, gather=gather_rows)
     outcome = train(
         distiller,
         stream,
+        weighting,
         config.train,
         folder,
         accelerator,
-        lambda model: retrieval_figures(model, watched) if watched else {},
+        lambda model: watched_figures(model, watched),
     )
     if accelerator.is_main_process:
         finish(config, folder, outcome, distiller, teaching.models, pairs)
@@ -151,20 +155,32 @@ def channels_last(model: DualEncoderModule) -> DualEncoderModule:
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
-def prepare_teachers(config: Run, terms: Sequence[Term], pairs: Pairs, accelerator: Accelerator) -> Teaching:
-    """Load, check and, where asked, run the teachers over the data once."""
+def weighting_of(recipe: ModuleType, config: Run) -> Weighting:
+    """The recipe's `weighting(config)` where it has one; else `teachers.weights`, or uniform ones."""
+    if hasattr(recipe, "weighting"):
+        weighting: Weighting = recipe.weighting(config)
+        return weighting
+    return Fixed(config.teachers.weights or uniform_weights(max(1, len(config.teachers.refs))))
+
+
+def prepare_teachers(
+    config: Run, terms: Sequence[Term], sources: Mapping[str, Pairs], pairs: Pairs, accelerator: Accelerator
+) -> Teaching:
+    """Load and check the teachers, and open their stored features; those that are missing are computed."""
     models: dict[str, DualEncoderModule] = {}
-    sources: dict[str, Teacher] = {}
+    teaching: dict[str, Teacher] = {}
     for name, ref in zip(config.teacher_names, config.teachers.refs, strict=True):
         model = channels_last(load(ref, device=accelerator.device))
         check_teacher(name, model, pairs)
         models[name] = model
-        if not config.teachers.views:
-            sources[name] = OnlineTeacher(name, model)
-            continue
-        with accelerator.main_process_first():
-            sources[name] = hold_features(config, name, model, pairs, wanted(terms, "teacher", name) | HELD)
-    return Teaching(models=models, sources=sources)
+        want = wanted(terms, "teacher", name)
+        if config.teachers.views:
+            with accelerator.main_process_first():
+                teaching[name] = cached_teacher(config, name, model, sources, want | HELD)
+        else:
+            texts = {feature for feature in want if feature.startswith("text.")}
+            teaching[name] = OnlineTeacher(name, model, text_features(name, model, pairs.texts(), texts))
+    return Teaching(models=models, sources=teaching)
 
 
 def check_teacher(name: str, model: DualEncoderModule, pairs: Pairs) -> None:
@@ -179,33 +195,63 @@ def check_teacher(name: str, model: DualEncoderModule, pairs: Pairs) -> None:
         print(f"warning: {warning}", flush=True)
 
 
-def hold_features(
-    config: Run, name: str, model: DualEncoderModule, pairs: Pairs, want: frozenset[str]
-) -> StoredTeacher:
-    """Features of K views of the training data, computed or read."""
-    return stored_teacher(
-        name,
-        model,
-        pairs,
-        want,
+def cached_teacher(
+    config: Run, name: str, model: DualEncoderModule, sources: Mapping[str, Pairs], want: frozenset[str]
+) -> CachedTeacher:
+    """A model's features of K views of the training data, one cache per source."""
+    spec = CacheSpec(
+        features=tuple(sorted(feature for feature in want if not feature.startswith("logit_"))),
         views=config.teachers.views,
-        settings=config.views,
-        view_seed=0,
-        folder=Path(config.teachers.folder),
-        workers=config.data.workers,
-        batch_size=config.teachers.batch_size,
+        view_settings=config.views,
         precision=config.train.precision,
+        dtype=config.teachers.dtype,
     )
+    readers = [
+        ensure_cache(
+            Path(config.teachers.folder) / name / source_name(ref),
+            name,
+            model,
+            source,
+            spec,
+            workers=config.data.workers,
+            batch_size=config.teachers.batch_size,
+        )
+        for ref, source in sources.items()
+    ]
+    return CachedTeacher(name, model.width, readers)
 
 
-def frozen_towers(config: Run, student: DualEncoderModule, pairs: Pairs) -> StoredTeacher | None:
+def frozen_towers(
+    config: Run, student: DualEncoderModule, terms: Sequence[Term], sources: Mapping[str, Pairs]
+) -> CachedTeacher | None:
     """The features of frozen student towers, so that only projections run in training."""
     if not config.student.frozen_towers:
         return None
     if not config.teachers.views:
-        raise UserError("student.frozen_towers=true holds tower features in memory; set teachers.views to 1 or more.")
+        raise UserError("student.frozen_towers=true stores tower features; set teachers.views to 1 or more.")
     name = "towers-" + Path(config.model.image).name
-    return hold_features(config, name, student, pairs, frozenset({"image.pooled", "text.pooled"}))
+    return cached_teacher(config, name, student, sources, tower_names(wanted(terms, "student")))
+
+
+def class_vector_banks(
+    config: Run, sequence: SampleSequence, teaching: Teaching, accelerator: Accelerator
+) -> dict[str, dict[str, Tensor]]:
+    """Per teacher its vectors of the captions and images that come first in the first epoch; none without a bank."""
+    banks: dict[str, dict[str, Tensor]] = {}
+    if not config.teachers.bank:
+        return banks
+    captioned = (p for p in range(len(sequence.pairs)) if sequence.pairs.captions[sequence.row_and_view(p)[0]])
+    positions = list(itertools.islice(captioned, config.teachers.bank))
+    batches = [
+        sequence.collate([sequence[p] for p in positions[start : start + config.teachers.batch_size]])
+        for start in range(0, len(positions), config.teachers.batch_size)
+    ]
+    ids = torch.cat([batch.caption_ids for batch in batches])
+    for name, teacher in teaching.sources.items():
+        found = [teacher.targets(batch.to(accelerator.device), ("image.embed", "text.embed")) for batch in batches]
+        images, texts = (torch.cat([part[key] for part in found]) for key in ("image.embed", "text.embed"))
+        banks[name] = {"image.embed": images, "text.embed": texts[first_of_each(ids).to(texts.device)]}
+    return banks
 
 
 def open_stream(
@@ -214,7 +260,7 @@ def open_stream(
     student: DualEncoderModule,
     terms: Sequence[Term],
     teaching: Teaching,
-    towers: StoredTeacher | None,
+    towers: CachedTeacher | None,
     accelerator: Accelerator,
 ) -> BatchStream:
     """The batches of this rank, prepared for the student and each teacher that runs beside it."""
@@ -224,15 +270,17 @@ def open_stream(
         consumers["student"] = Consumer(preprocessing=student.preprocessing, student=True, **_sides(want))
     for name, source in teaching.sources.items():
         if source.preprocessing is not None:
-            want = wanted(terms, "teacher", name)
-            consumers[name] = Consumer(preprocessing=source.preprocessing, **_sides(want))
+            sides = _sides(wanted(terms, "teacher", name))
+            consumers[name] = Consumer(preprocessing=source.preprocessing, image=sides["image"], text=False)
+    stored = [source for source in (towers, *teaching.sources.values()) if isinstance(source, CachedTeacher)]
     decoding = any(consumer.image for consumer in consumers.values())
     sequence = SampleSequence(
         pairs,
         consumers,
         config.views,
         seed=config.seed,
-        view_cycle=config.teachers.views if towers or teaching.sources else 0,
+        view_cycle=config.teachers.views if stored else 0,
+        stored_view=stored[0].view if stored else None,
         decoded=Decoded(pairs, config.data.keep_short_side) if config.data.keep_short_side and decoding else None,
         unusable=towers.unreadable_rows() if towers else (),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -16,15 +17,15 @@ class Data:
 
     Args:
         train: sources (`PATH` or `PATH#SPLIT`); images without captions take part in the terms that need none.
-        val: a captioned source on which the run is watched; "" for none.
-        test: a captioned source for the final table, read once when training has ended; "" for none.
+        val: captioned sources on which the run is watched, each on its own.
+        test: captioned sources for the final tables, read once when training has ended; without any, those of `val`.
         keep_short_side: hold all training images in memory, reduced to this short side; 0 decodes anew each time.
         workers: processes that decode training images.
     """
 
     train: tuple[str, ...] = ()
-    val: str = ""
-    test: str = ""
+    val: tuple[str, ...] = ()
+    test: tuple[str, ...] = ()
     keep_short_side: int = 0
     workers: int = 0
 
@@ -36,16 +37,21 @@ class Teachers:
     Args:
         refs: references of dual encoders; () trains without a teacher.
         weights: one per teacher; () is uniform.
-        views: hold the teachers' features of this many views of each image in memory; 0 runs them beside the student.
-        folder: where held features are kept for later runs.
+        views: train from the teachers' stored features of this many views of each image; 0 runs them beside the
+            student, on a new view at every epoch.
+        folder: the cache of stored features, as `vlkd cache embeddings --out` writes it; what is missing is computed.
+        dtype: how features are stored.
         batch_size: for the pass that computes them.
+        bank: class vectors: a seeded sample of so many captions and images; 0 takes the batch's.
     """
 
     refs: tuple[str, ...] = ()
     weights: tuple[float, ...] = ()
     views: int = 8
     folder: str = "runs/teacher_features"
+    dtype: Literal["float32", "float16", "bfloat16", "int8"] = "float16"
     batch_size: int = 64
+    bank: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +78,8 @@ class Train:
     Args:
         samples: student samples seen; an epoch is as many as there are training images.
         batch_size: of all ranks together.
+        accumulate: parts in which each rank's batch passes the towers, to save memory; losses and teacher weights are
+            those of the whole batch, at the price of a second forward pass (BatchNorm sees the parts).
         lr: peak learning rate of AdamW, reached after `warmup` (a share of all steps), then a cosine to zero.
         weight_decay: on matrices alone, never on biases, norms, embeddings of one dimension or the logit scale.
         clip: largest norm of the gradient; 0 does not clip.
@@ -87,6 +95,7 @@ class Train:
 
     samples: int = 200_000
     batch_size: int = 256
+    accumulate: int = 1
     lr: float = 1e-3
     weight_decay: float = 0.1
     warmup: float = 0.05
@@ -106,10 +115,12 @@ class Report:
     """What stands beside the student in the final table.
 
     Args:
+        teachers: evaluate the teachers, too.
         compare: references of further models, for instance the same student trained without a teacher.
         asymmetric: also export the student's image tower beside each teacher's text encoder, where a head leads there.
     """
 
+    teachers: bool = True
     compare: tuple[str, ...] = ()
     asymmetric: bool = False
 
@@ -137,11 +148,16 @@ class Run:
 
     @property
     def teacher_names(self) -> tuple[str, ...]:
-        """A short unique name per teacher: the last part of its reference, of a run's `student` folder the run's."""
-        names: list[str] = []
-        for ref in self.teachers.refs:
-            path = Path(ref.partition("@")[0])
-            last = path.parent.name if path.name == "student" else path.name
-            name = last.replace(":", "-").replace(".", "-") or "teacher"
-            names.append(name if name not in names else f"{name}-{len(names)}")
-        return tuple(names)
+        """A short unique name per teacher."""
+        return teacher_names(self.teachers.refs)
+
+
+def teacher_names(refs: Sequence[str]) -> tuple[str, ...]:
+    """A short unique name per reference: its last part, of a run's `student` folder the run's."""
+    names: list[str] = []
+    for ref in refs:
+        path = Path(ref.partition("@")[0])
+        last = path.parent.name if path.name == "student" else path.name
+        name = last.replace(":", "-").replace(".", "-") or "teacher"
+        names.append(name if name not in names else f"{name}-{len(names)}")
+    return tuple(names)

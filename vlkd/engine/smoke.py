@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from vlkd.data.scenes import generate_scenes
 from vlkd.data.shards import write_shards
 from vlkd.engine.settings import Run
@@ -23,10 +25,10 @@ def shrink_to_smoke(config: Run) -> Run:
         if not (data / split / "manifest.json").is_file():
             scenes = generate_scenes("shapes", count=SCENES, seed=0, split=split, image_size=48)
             write_shards(scenes, data / split)
-    teachers = tuple(_untrained_teacher(data / f"teacher{i}") for i, _ in enumerate(config.teachers.refs))
+    teachers = tuple(_untrained_teacher(data / f"teacher{i}", i) for i, _ in enumerate(config.teachers.refs))
     return replace(
         config,
-        data=replace(config.data, train=(f"{data}/train",), val=f"{data}/val", test=f"{data}/val", workers=0),
+        data=replace(config.data, train=(f"{data}/train",), val=(f"{data}/val",), test=(f"{data}/val",), workers=0),
         model=replace(MODEL, image_projection=config.model.image_projection),
         student=replace(config.student, start=""),
         teachers=replace(
@@ -39,10 +41,11 @@ def shrink_to_smoke(config: Run) -> Run:
     )
 
 
-def _untrained_teacher(folder: Path) -> str:
+def _untrained_teacher(folder: Path, seed: int) -> str:
     if not folder.is_dir():
         captions = [
             text for scene in generate_scenes("shapes", count=20, seed=0, split="train") for text in scene.captions
         ]
+        torch.manual_seed(seed)
         build_composite(MODEL, tokenizer=train_tokenizer(captions, vocab_size=200)).save(folder)
     return str(folder)

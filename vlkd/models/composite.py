@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vlkd.errors import UserError
+from vlkd.features import check_features
 from vlkd.models.base import DualEncoderModule, ImageConfiguration
 from vlkd.models.golden import write_golden
 from vlkd.models.heads import stack_heads
@@ -29,6 +30,7 @@ from vlkd.models.towers import (
     TransformersText,
     build_image_tower,
     build_transformers_text,
+    image_tokens,
     image_tower_width,
     load_exactly,
     read_safetensors,
@@ -39,6 +41,8 @@ FORMAT, VERSION = "vlkd-model", 1
 MODEL_JSON, WEIGHTS = "model.json", "model.safetensors"
 TEXT_FOLDER = "text"
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
+PROJECTED = {"embed": "pooled", "token_embeds": "tokens"}
+"""Features behind a projection, each with the tower's feature before it."""
 
 
 class CompositeModel(DualEncoderModule):
@@ -67,7 +71,10 @@ class CompositeModel(DualEncoderModule):
         preprocessing: CompositePreprocessing,
         reference: DualEncoderModule | None = None,
     ) -> None:
-        features = {"image.embed", "image.pooled", "text.embed", "text.pooled", "logit_scale"}
+        features = {"image.embed", "image.pooled", "image.tokens", "image.token_embeds"}
+        features |= {"text.embed", "text.pooled", "logit_scale"}
+        if text_tower is not None:
+            features |= {"text.tokens", "text.mask", "text.token_embeds"}
         if layout["logit_bias"]:
             features.add("logit_bias")
         if reference is not None and "text.pooled" not in reference.provides:
@@ -104,22 +111,53 @@ class CompositeModel(DualEncoderModule):
             return pixels
         return (pixels.float() / 255 - self.mean) / self.std
 
-    def image_features(self, pixels: Tensor) -> dict[str, Tensor]:
-        pooled = self.image_tower(pixels)
-        return {"image.pooled": pooled, "image.embed": self.image_projection(pooled)}
+    def encode(self, inputs: Mapping[str, Tensor], want: Collection[str]) -> dict[str, Tensor]:
+        """As in the base class, each tower run once; tokens cost nothing where none is wanted."""
+        check_features(want, self.provides, self.name)
+        towers = tower_names(want)
+        found: dict[str, Tensor] = {}
+        if any(name.startswith("image.") for name in towers):
+            found |= self.image_features(self.normalised(inputs["pixels"]), tokens="image.tokens" in towers)
+        if any(name.startswith("text.") for name in towers):
+            tokens = not towers.isdisjoint({"text.tokens", "text.mask"})
+            found |= self.text_features(inputs["ids"], inputs["mask"], tokens=tokens)
+        if any(name.startswith("logit_") for name in want):
+            found |= self.scale_features()
+        return {name: found[name] for name in want}
 
-    def project(self, pooled: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Embeddings from tower features (`image.pooled`, `text.pooled`) that were computed before."""
-        projections = {"image.pooled": self.image_projection, "text.pooled": self.text_projection}
-        return {name.replace("pooled", "embed"): projections[name](value) for name, value in pooled.items()}
+    def image_features(self, pixels: Tensor, *, tokens: bool = False) -> dict[str, Tensor]:
+        """Image features of `normalised` pixels (B, 3, H, W), with tokens if asked for."""
+        if not tokens:
+            pooled = {"image.pooled": self.image_tower(pixels)}
+            return pooled | self.project(pooled)
+        tower: Any = self.image_tower
+        maps = tower.forward_features(pixels)
+        found = {"image.pooled": tower.forward_head(maps), "image.tokens": image_tokens(tower, maps)}
+        return found | self.project(found)
 
-    def text_features(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    def project(self, towers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`*.embed` and `*.token_embeds` from tower features that were computed before; `text.mask` is passed over."""
+        projections = {"image": self.image_projection, "text": self.text_projection}
+        return {
+            f"{side}.{kind}": projections[side](towers[f"{side}.{before}"])
+            for side in projections
+            for kind, before in PROJECTED.items()
+            if f"{side}.{before}" in towers
+        }
+
+    def text_features(self, ids: Tensor, mask: Tensor, *, tokens: bool = False) -> dict[str, Tensor]:
+        """Text features of ids and mask (B, N), with tokens if asked for: zeros up to the context length."""
         if self.reference is not None:
             with torch.no_grad():
                 return self.reference.text_features(ids, mask)
         assert self.text_tower is not None
-        pooled = self.text_tower(ids, mask)
-        return {"text.pooled": pooled, "text.embed": self.text_projection(pooled)}
+        if not tokens:
+            pooled = {"text.pooled": self.text_tower(ids, mask)}
+            return pooled | self.project(pooled)
+        pad, missing = nn.functional.pad, self.preprocessing.context_length - ids.shape[1]
+        own = self.text_tower.tokens(ids, mask)
+        found = {"text.pooled": self.text_tower.pool(own, mask), "text.tokens": pad(own, (0, 0, 0, missing))}
+        return found | self.project(found) | {"text.mask": pad(mask, (0, missing))}
 
     def scale_features(self) -> dict[str, Tensor]:
         found = {"logit_scale": self.log_logit_scale.exp()}
@@ -183,6 +221,15 @@ class CompositeModel(DualEncoderModule):
             self.text_tower.config.save_pretrained(str(text_folder))
         self.tokenizer.save(text_folder)
         (folder / MODEL_JSON).write_text(json.dumps(self.layout, indent=2) + "\n", encoding="utf-8")
+
+
+def tower_names(want: Collection[str]) -> frozenset[str]:
+    """The tower features from which `CompositeModel.project` makes the wanted ones.
+
+    `*.pooled`, `*.tokens` and `text.mask` stand for themselves; `logit_*` comes from no tower and is left out.
+    """
+    parts = [name.partition(".") for name in want]
+    return frozenset(f"{side}.{PROJECTED.get(kind, kind)}" for side, _, kind in parts if kind)
 
 
 def is_model_folder(folder: Path) -> bool:

@@ -1,8 +1,9 @@
-"""Image towers by timm and text towers, each from tokens or pixels to one pooled vector."""
+"""Image towers by timm and text towers, each from pixels or ids to one pooled vector and, if wanted, to its tokens."""
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vlkd.errors import UserError
+from vlkd.models.base import evaluating
 from vlkd.models.tokenizer import first_line
 
 POOLINGS = ("mean", "cls")
+GRID = 4
+"""Image tokens are the averages of at most so many cells a side, so that stored tables and attention stay small."""
 
 
 def masked_mean(tokens: Tensor, mask: Tensor) -> Tensor:
@@ -80,12 +84,21 @@ class CompactText(nn.Module):
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.position_embedding, std=0.01)
 
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """ids and mask (B, N) to (B, C)."""
+    def tokens(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """ids and mask (B, N) to (B, N, C)."""
         tokens = self.dropout(self.token_embedding(ids) + self.position_embedding[: ids.shape[1]])
         for block in self.blocks:
             tokens = block(tokens, mask[:, None, None, :])
-        return masked_mean(self.final_norm(tokens), mask)
+        result: Tensor = self.final_norm(tokens)
+        return result
+
+    def pool(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """tokens (B, N, C) and mask (B, N) to (B, C)."""
+        return masked_mean(tokens, mask)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """ids and mask (B, N) to (B, C)."""
+        return self.pool(self.tokens(ids, mask), mask)
 
 
 class TransformersText(nn.Module):
@@ -102,10 +115,18 @@ class TransformersText(nn.Module):
         if getattr(encoder, "pooler", None) is not None:
             encoder.pooler = None  # never used here: its weights would count, and wait for gradients that never come
 
+    def tokens(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """ids and mask (B, N) to (B, N, C)."""
+        tokens: Tensor = self.encoder(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+        return tokens
+
+    def pool(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """tokens (B, N, C) and mask (B, N) to (B, C)."""
+        return masked_mean(tokens, mask) if self.pooling == "mean" else tokens[:, 0]
+
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """ids and mask (B, N) to (B, C)."""
-        tokens: Tensor = self.encoder(input_ids=ids, attention_mask=mask.long()).last_hidden_state
-        return masked_mean(tokens, mask) if self.pooling == "mean" else tokens[:, 0]
+        return self.pool(self.tokens(ids, mask), mask)
 
 
 def set_dropout(module: nn.Module, probability: float) -> None:
@@ -141,6 +162,63 @@ def build_image_tower(name: str, kwargs: str) -> Any:
 def image_tower_width(tower: Any) -> int:
     """C of a timm model without classifier; some heads widen the last features."""
     return int(getattr(tower, "head_hidden_size", None) or tower.num_features)
+
+
+def image_tokens(tower: Any, maps: Tensor) -> Tensor:
+    """Tokens in the space of the pooled output, from what `tower.forward_features` returned: (B, N, C).
+
+    A map of cells is averaged down to at most `GRID` x `GRID` of them, and each goes through the tower's own head as if
+    it were the whole image, so that norms and widenings after the pool act on it too. Of a transformer's tokens the
+    class and register tokens are dropped; the patches are averaged in the same way where they form a square, and take
+    the norm that follows the pool. N counts what is left.
+
+    Args:
+        tower: a timm model without classifier.
+        maps: (B, C', H, W), (B, H, W, C') where the tower's `output_fmt` is NHWC, or (B, N', C').
+
+    Raises:
+        UserError: the tower's features have another form.
+    """
+    found = None
+    if isinstance(maps, Tensor) and maps.ndim == 3:
+        found = patch_tokens(tower, maps)
+    elif isinstance(maps, Tensor) and maps.ndim == 4:
+        found = cell_tokens(tower, maps)
+    if found is None or found.ndim != 3 or found.shape[2] != image_tower_width(tower):
+        form = tuple(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
+        raise UserError(
+            f"Found features {form} before the pool of {type(tower).__name__}, expected one map or one sequence of "
+            "tokens; choose another image tower, or no term that reads image tokens."
+        )
+    return found
+
+
+def cell_tokens(tower: Any, maps: Tensor) -> Tensor:
+    """Tokens (B, N, C) of a map of cells."""
+    last = str(getattr(tower, "output_fmt", "NCHW")) == "NHWC"
+    cells = average_cells(maps.permute(0, 3, 1, 2) if last else maps)
+    alone = cells.flatten(0, 1)[:, None, None, :] if last else cells.flatten(0, 1)[:, :, None, None]
+    # A head may hold a BatchNorm, whose statistics are those of pooled images; cells must not be counted among them.
+    with evaluating(tower):
+        heads: Tensor = tower.forward_head(alone)
+    return heads.view(*cells.shape[:2], -1)
+
+
+def patch_tokens(tower: Any, maps: Tensor) -> Tensor:
+    """Tokens (B, N, C) of a transformer's sequence."""
+    tokens = maps[:, int(getattr(tower, "num_prefix_tokens", 0)) :]
+    side = math.isqrt(tokens.shape[1])
+    if side * side == tokens.shape[1]:
+        tokens = average_cells(tokens.transpose(1, 2).reshape(len(tokens), -1, side, side))
+    norm: nn.Module = getattr(tower, "fc_norm", None) or nn.Identity()
+    normed: Tensor = norm(tokens)
+    return normed
+
+
+def average_cells(maps: Tensor) -> Tensor:
+    """Averages over at most `GRID` x `GRID` cells of a map (B, C, H, W), row by row: (B, N, C)."""
+    height, width = (min(size, GRID) for size in maps.shape[2:])
+    return nn.functional.adaptive_avg_pool2d(maps, (height, width)).flatten(2).transpose(1, 2)
 
 
 def load_timm_weights(tower: Any, path: str) -> None:

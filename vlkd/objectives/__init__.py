@@ -6,13 +6,18 @@ stays float64), and what comes from a teacher is treated as a constant: no gradi
 parallelism the caller gathers the batch first; B is then the global batch.
 """
 
+from vlkd.objectives.class_vectors import class_kl
 from vlkd.objectives.contrastive import info_nce, interactive_contrastive, siglip
 from vlkd.objectives.embedding import embedding_cosine, embedding_mse
+from vlkd.objectives.matching import hard_negatives, image_text_matching
 from vlkd.objectives.relational import neighbour_kl, relational_kl
 
 __all__ = [
+    "class_kl",
     "embedding_cosine",
     "embedding_mse",
+    "hard_negatives",
+    "image_text_matching",
     "info_nce",
     "interactive_contrastive",
     "neighbour_kl",

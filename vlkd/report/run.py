@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from vlkd.errors import UserError
@@ -22,10 +23,12 @@ _TITLES = {
     "loss": "Losses per term",
     "val": "Validation",
     "eval": "Evaluation",
-    "weight": "Weights",
+    "weight": "Weights of the teachers",
+    "gradient_cosine": "Cosines between the teachers' gradients",
+    "common_descent": "What remains of the gradients' length in their weighted sum",
     "lr": "Learning rate",
     "logit_scale": "Logit scale",
-    "grad_norm": "Gradient norm",
+    "gradient_norm": "Gradient norm",
     "samples_per_second": "Samples per second",
 }
 """Known groups of metrics, in the order of their plots; others follow under their own names."""
@@ -58,7 +61,7 @@ def write_run_report(
     title: str,
     settings: Mapping[str, str],
     metrics_path: Path | None = None,
-    table: Table | None = None,
+    tables: Mapping[str, Table] = MappingProxyType({}),
     galleries: Sequence[Gallery] = (),
     notes: Sequence[str] = (),
     figures: Sequence[Figure] = (),
@@ -71,9 +74,9 @@ def write_run_report(
         title: The run's name.
         settings: Names and values of the configuration, folded away at the end.
         metrics_path: The run's `metrics.jsonl`, for the curves.
-        table: Teacher, student, and the same student without a teacher.
+        tables: Per held-out set its name and the table of teacher, student, and the student without a teacher.
         galleries: Best and worst queries.
-        notes: Paragraphs below the table: protocol, warnings, compute.
+        notes: Paragraphs below the tables: protocol, warnings, compute.
         figures: Key figures for the header.
         lead: One sentence below the title.
 
@@ -83,9 +86,11 @@ def write_run_report(
     report = Report(title, lead)
     if figures:
         report.figures(figures)
-    if table is not None or notes:
+    if tables or notes:
         report.section("Result")
-        if table is not None:
+        for name, table in tables.items():
+            if len(tables) > 1:
+                report.heading(name)
             report.table(table)
         for note in notes:
             report.text(note)
