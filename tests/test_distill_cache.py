@@ -246,15 +246,35 @@ def test_building_leaves_the_global_generator_alone(pairs, model, tmp_path):
             r"of other views \(found .*'flip': 0.5.*, expected .*'flip': 0.0",
         ),
         ({"features": (*EMBED, "image.pooled")}, r"without image.pooled \(found image.embed, text.embed\)"),
-        ({"precision": "bf16"}, r"in another precision \(found fp32, expected bf16\)"),
-        ({"dtype": "int8"}, r"in another dtype \(found float32, expected int8\)"),
-        ({"dtype": "int8", "views": 5}, r"of fewer views \(.*\), in another dtype \(.*\); remove the folder or set "),
+        (
+            {"views": 5, "features": (*EMBED, "image.pooled")},
+            r"of fewer views \(.*\), without image.pooled \(.*\); remove ",
+        ),
     ],
 )
 def test_another_specification_is_refused_by_name(pairs, model, tmp_path, changes, sentence):
     build(model, pairs, tmp_path / "c")
     with pytest.raises(UserError, match=r"The features of teacher one in .*c were made " + sentence):
         build(model, pairs, tmp_path / "c", **changes)
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "sentence"),
+    [
+        ({"dtype": "float32"}, {"dtype": "int8"}, None),
+        ({"dtype": "float16"}, {"dtype": "bfloat16"}, None),
+        ({"dtype": "int8"}, {"dtype": "float16"}, r"in a coarser dtype \(found int8, expected float16\)"),
+        ({"precision": "fp32"}, {"precision": "bf16"}, None),
+        ({"precision": "bf16"}, {"precision": "fp32"}, r"in a coarser precision \(found bf16, expected fp32\)"),
+    ],
+)
+def test_more_faithful_features_serve_and_coarser_ones_do_not(pairs, model, tmp_path, stored, asked, sentence):
+    build(model, pairs, tmp_path / "c", **stored)
+    if sentence is None:
+        assert build(model, pairs, tmp_path / "c", **asked).manifest["dtype"] == stored.get("dtype", "float32")
+        return
+    with pytest.raises(UserError, match=sentence):
+        build(model, pairs, tmp_path / "c", **asked)
 
 
 def test_other_weights_are_refused_by_name(pairs, model, tmp_path):
@@ -335,8 +355,9 @@ def test_half_a_cache_of_another_build_is_refused(pairs, model, tmp_path, small)
     (tmp_path / "c" / MANIFEST).unlink()
     (tmp_path / "c" / "rows.002.safetensors").unlink()
     for changes, sentence in (
-        ({"dtype": "int8"}, "in another dtype"),
-        ({"views": 2}, "of other views or with other features"),
+        ({"view_seed": 1}, "of other views"),
+        ({"dtype": "int8"}, "with other views, features, precision or dtype"),
+        ({"views": 2}, "with other views, features, precision or dtype"),
     ):
         with pytest.raises(UserError, match=sentence):
             build(model, pairs, tmp_path / "c", **changes)

@@ -136,7 +136,9 @@ def found_shard(path: Path, name: str, head: Mapping[str, Any]) -> dict[str, Any
         phrases = differences(found["identity"], head["identity"])
         if found["identity"] == head["identity"]:
             phrases = [f"from other data (the images of {path.name} have changed)"]
-        refuse(name, path.parent, phrases or ["of other views or with other features (found a cache half built)"])
+        refuse(
+            name, path.parent, phrases or ["with other views, features, precision or dtype (found a cache half built)"]
+        )
     entry = {"file": path.name, "rows": len(found["keys"]), "captions": captions, "unreadable": unreadable}
     return entry | {"bytes": path.stat().st_size, "sha256": file_hash(path), "error": found["error"]}
 

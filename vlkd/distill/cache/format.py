@@ -24,6 +24,8 @@ DRAWN_VIEWS = 16
 
 Precision = Literal["fp32", "bf16"]
 StorageType = Literal["float32", "float16", "bfloat16", "int8"]
+FIDELITY = {"bf16": 0, "fp32": 1, "int8": 0, "bfloat16": 1, "float16": 1, "float32": 2}
+"""Features of a more faithful pass or dtype than asked for can serve."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +86,7 @@ def identity(model: DualEncoderModule, spec: CacheSpec) -> dict[str, Any]:
 
 
 def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
-    """Why features of one identity cannot serve another, in words; more views or features than expected can."""
+    """Why features of one identity cannot serve another, in words; more views, features or fidelity can."""
 
     def told(what: str, name: str) -> list[str]:
         return [f"{what} (found {found[name]}, expected {expected[name]})"] if found[name] != expected[name] else []
@@ -95,7 +97,10 @@ def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[s
         phrases += told("of fewer views", "count")
     if missing := sorted(set(expected["features"]) - set(found["features"])):
         phrases.append(f"without {', '.join(missing)} (found {', '.join(found['features'])})")
-    return phrases + told("in another precision", "precision") + told("in another dtype", "dtype")
+    for name in ("precision", "dtype"):
+        if FIDELITY[found[name]] < FIDELITY[expected[name]]:
+            phrases += told(f"in a coarser {name}", name)
+    return phrases
 
 
 def refuse(name: str, folder: Path, phrases: Collection[str]) -> NoReturn:
