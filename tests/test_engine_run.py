@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
+from helpers.distilling import TEXTS, tiny_teachers
+from helpers.pairs import picture_pairs
 
 from vlkd import recipes
 from vlkd.config import override
-from vlkd.engine.run import claim_folder
+from vlkd.engine.run import check_teacher, claim_folder, weighting_of
 from vlkd.engine.settings import Run, Train
 from vlkd.errors import UserError
+from vlkd.weighting import Fixed, GradientBalanced, LossRelative
 
 
 def test_a_corrected_command_may_have_the_folder_of_one_that_never_began(tmp_path):
@@ -48,3 +53,53 @@ def test_weights_and_teachers_go_together(assignments, sentence):
     recipe = recipes.load(recipes.find("tasks", "retriever"))
     with pytest.raises(UserError, match=sentence):
         recipe.terms(override(recipe.config(), assignments))
+
+
+def _nan(model):
+    model.image_projection[0].weight[0, 0] = float("nan")
+
+
+def _zero(model):
+    model.text_projection[0].weight.zero_()
+
+
+def _constant(model):
+    # Every image's pooled vector is the same: the last normalisation has no gain, only a shift.
+    for module in model.image_tower.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.weight.zero_()
+            module.bias.fill_(0.1)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "sentence"), [(_nan, "NaN"), (_zero, "length zero"), (_constant, "same for differing inputs")]
+)
+def test_a_broken_teacher_is_refused_before_the_first_step(break_it, sentence, tmp_path):
+    model = tiny_teachers()["one"]
+    with torch.no_grad():
+        break_it(model)
+    with pytest.raises(UserError, match=sentence):
+        check_teacher("one", model, picture_pairs(tmp_path, TEXTS))
+
+
+@pytest.mark.parametrize(
+    ("assignments", "rule", "alpha"),
+    [
+        ([], GradientBalanced, None),
+        (["method.weighting=relative"], LossRelative, [0.5, 0.5]),
+        (["method.weighting=fixed"], Fixed, [0.5, 0.5]),
+        (["method.weighting=fixed", "teachers.weights=1,3"], Fixed, [0.25, 0.75]),
+    ],
+)
+def test_the_recipe_chooses_the_weighting(assignments, rule, alpha):
+    recipe = recipes.load(recipes.find("tasks", "ammkd"))
+    weighting = weighting_of(recipe, override(recipe.config(), ["teachers.refs=a,b", *assignments]))
+    assert type(weighting) is rule
+    if alpha:
+        assert list(weighting.weigh("image", [1.0, 2.0], None)) == alpha
+
+
+def test_a_bound_below_the_mean_is_the_mean():
+    recipe = recipes.load(recipes.find("tasks", "ammkd"))
+    weighting = weighting_of(recipe, override(recipe.config(), ["teachers.refs=a,b", "method.bound=0.3"]))
+    assert list(weighting.weigh("image", [1.0, 2.0], np.diag([1.0, 9.0]))) == [0.5, 0.5]
