@@ -21,6 +21,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +30,6 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 import vlkd.models  # noqa: F401 - before anything imports torchvision
-from vlkd.data.decoded import Decoded
 from vlkd.data.loader import Batch, BatchStream, Consumer, SampleSequence
 from vlkd.data.scenes import generate_scenes
 from vlkd.data.shards import write_shards
@@ -77,6 +77,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
+    parser.add_argument("--device", choices=("cpu", "auto"), default="cpu", help="auto takes a GPU where there is one")
+    parser.add_argument("--student", default="", help="another timm image tower, for instance vit_tiny_patch16_224")
+    parser.add_argument("--teacher", default="", help="another timm image tower, for instance vit_large_patch14_224")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -94,6 +97,8 @@ def main() -> None:
             for name, (count, step) in rows.items():
                 started = time.perf_counter()
                 samples = sum(step() for _ in range(count))
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
                 rates[name].append(samples / (time.perf_counter() - started))
     report(rates, args)
 
@@ -104,12 +109,24 @@ class Bench:
     def __init__(self, pairs: Pairs, folder: Path, args: argparse.Namespace) -> None:
         self.pairs, self.folder, self.args = pairs, folder, args
         self.tokenizer: CompactTokenizer = train_tokenizer(pairs.texts(), vocab_size=500)
-        self.models = {name: channels_last(build_composite(TEACHER, tokenizer=self.tokenizer)) for name in NAMES}
+        self.accelerator = Accelerator(
+            cpu=args.device == "cpu", mixed_precision="bf16" if args.precision == "bf16" else "no"
+        )
+        device = self.accelerator.device
+        teacher = replace(TEACHER, image=args.teacher or TEACHER.image)
+        self.student = STUDENT
+        if args.student:
+            self.student = replace(STUDENT, image=args.student, image_kwargs="", image_size=224)
+        self.models = {
+            name: channels_last(build_composite(teacher, tokenizer=self.tokenizer)).to(device) for name in NAMES
+        }
         self.online = {name: OnlineTeacher(name, model) for name, model in self.models.items()}
         self.cached = {name: self.cache(name, folder / "cache" / name) for name in NAMES}
-        self.decoded = Decoded(pairs, 96)
-        self.accelerator = Accelerator(cpu=True, mixed_precision="bf16" if args.precision == "bf16" else "no")
         self.builds = 0
+
+    def new_student(self) -> CompositeModel:
+        """The declared student, or the one that was asked for."""
+        return channels_last(build_composite(self.student, tokenizer=self.tokenizer)).to(self.accelerator.device)
 
     def cache(self, name: str, folder: Path, views: int = 4) -> CachedTeacher:
         """A teacher's stored features of all images."""
@@ -139,27 +156,25 @@ class Bench:
 
     def batches(self, online: bool) -> Iterator[Batch]:
         """The endless stream that every row reads."""
-        student = student_of(self.tokenizer)
+        student = self.new_student()
         consumers = {"student": Consumer(preprocessing=student.preprocessing, image=True, text=True, student=True)}
         if online:
             for name, model in self.models.items():
                 consumers[name] = Consumer(preprocessing=model.preprocessing, image=True, text=True)
         stored = None if online else next(iter(self.cached.values())).view
-        sequence = SampleSequence(
-            self.pairs, consumers, ViewSettings(), seed=0, view_cycle=4, decoded=self.decoded, stored_view=stored
-        )
+        sequence = SampleSequence(self.pairs, consumers, ViewSettings(), seed=0, view_cycle=4, stored_view=stored)
         return iter(BatchStream(sequence, batch_size=self.args.batch_size, samples=10**9))
 
     def engine_step(
         self, terms: list[Term], teachers: dict[str, CachedTeacher], weighting: Weighting
     ) -> Callable[[], int]:
         """One step as the engine does it."""
-        distiller = Distiller(student_of(self.tokenizer), terms, teachers).train()
+        distiller = Distiller(self.new_student(), terms, teachers).train()
         optimizer = torch.optim.AdamW(distiller.parameters(), lr=1e-4)
         stream = self.batches(online=False)
 
         def step() -> int:
-            batch = next(stream)
+            batch = next(stream).to(self.accelerator.device)
             optimizer.zero_grad(set_to_none=True)
             backward_step(distiller, batch, weighting, self.accelerator)
             torch.nn.utils.clip_grad_norm_(distiller.parameters(), 1.0)
@@ -172,7 +187,7 @@ class Bench:
         """One step of open_clip's distillation loss, once per teacher."""
         from open_clip.loss import DistillClipLoss
 
-        student = student_of(self.tokenizer).train()
+        student = self.new_student().train()
         loss = DistillClipLoss()
         optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
         stream = self.batches(online=True)
@@ -181,11 +196,11 @@ class Bench:
             return [torch.nn.functional.normalize(features[name].float(), dim=-1) for name in WANT[:2]]
 
         def step() -> int:
-            batch = next(stream)
+            batch = next(stream).to(self.accelerator.device)
             with self.accelerator.autocast():
                 own = student.encode(batch.inputs["student"], WANT)
                 targets = [teacher.targets(batch, WANT) for teacher in self.online.values()]
-            total = torch.zeros(())
+            total = torch.zeros((), device=self.accelerator.device)
             for target in targets:
                 contrastive, distilled = loss(*unit(own), own["logit_scale"], *unit(target), target["logit_scale"])
                 total = total + contrastive + distilled
@@ -199,7 +214,7 @@ class Bench:
 
     def teachers_step(self) -> Callable[[], int]:
         """The teachers' forward passes on a prepared batch: the model's second part."""
-        batch = next(self.batches(online=True))
+        batch = next(self.batches(online=True)).to(self.accelerator.device)
 
         def step() -> int:
             with self.accelerator.autocast():
@@ -222,10 +237,11 @@ class Bench:
         loader = DataLoader(_Views(pairs, model), batch_size=64)
         with self.accelerator.autocast():
             for pixels in loader:
-                model.encode({"pixels": pixels}, ("image.embed",))
+                model.encode({"pixels": pixels.to(model.device)}, ("image.embed",))
             texts = list(dict.fromkeys(pairs.texts()))
             for start in range(0, len(texts), 256):
-                model.encode(model.preprocessing.tokenize(texts[start : start + 256]), ("text.embed",))
+                tokens = model.preprocessing.tokenize(texts[start : start + 256])
+                model.encode({key: value.to(model.device) for key, value in tokens.items()}, ("text.embed",))
         return len(pairs)
 
 
@@ -257,11 +273,6 @@ def class_terms(teacher: str) -> list[Term]:
         )
         for side, other in (("image", "text"), ("text", "image"))
     ]
-
-
-def student_of(tokenizer: CompactTokenizer) -> CompositeModel:
-    """The declared student."""
-    return channels_last(build_composite(STUDENT, tokenizer=tokenizer))
 
 
 def channels_last(model: CompositeModel) -> CompositeModel:

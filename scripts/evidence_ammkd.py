@@ -21,7 +21,11 @@ from pathlib import Path
 
 import numpy as np
 
+import vlkd.models  # noqa: F401 - before anything imports torchvision
+from vlkd.data.sources import open_pairs
+from vlkd.engine.results import Entry, evaluate_entry
 from vlkd.metrics import bootstrap_means, interval
+from vlkd.models.load import load
 
 SOURCES = ("coco", "emoji", "clipart")
 STUDENT = [
@@ -42,6 +46,7 @@ STUDENT = [
 ]
 CHOSEN = ["method.temperature=2", "method.distillation=1", "method.contrastive=0.5", "teachers.bank=0"]
 UNIFORM = "uniform"
+FUSED, SUFFIX = ", fused", "-fused"
 WEIGHTINGS = {
     UNIFORM: ["method.weighting=fixed"],
     "balanced, C = 0.6": ["method.weighting=balanced", "method.bound=0.6"],
@@ -83,14 +88,14 @@ def main() -> None:
     for (name, _), folder in zip(jobs, folders, strict=True):
         found.setdefault(name, []).append(folder)
     for source in SOURCES:
-        print_table(source, found)
+        print_table(source, found, evaluated_teachers(args, source))
     print_conflicts(found)
 
 
 def variants(args: argparse.Namespace) -> dict[str, list[str]]:
     """Per row of the table its settings."""
     rows: dict[str, list[str]] = {}
-    for suffix, refs in (("", args.teachers), (", fused", args.fused)):
+    for suffix, refs in (("", args.teachers), (FUSED, args.fused)):
         if refs:
             rows |= {f"{name}{suffix}": [f"teachers.refs={refs}", *more] for name, more in WEIGHTINGS.items()}
             rows |= {
@@ -107,14 +112,18 @@ def slug(name: str, seed: int) -> str:
 
 def run(args: argparse.Namespace, changes: list[str], out: Path, seed: int, split: str = "test") -> Path:
     """One training run in a process of its own, on one thread."""
-    if (out / "results.jsonl").is_file():
-        return out
     train = [f"{args.data}/{source}/train" for source in SOURCES] + ([args.unlabelled] if args.unlabelled else [])
     held_out = [f"{args.data}/{source}/{split}" for source in SOURCES]
     command = [sys.executable, "-m", "vlkd.cli.main", "train", "ammkd", *STUDENT, *CHOSEN, *changes]
     command += [f"train.samples={args.samples}", f"teachers.views={args.views}", f"teachers.folder={args.cache}"]
     command += [f"data.train={','.join(train)}", f"data.test={','.join(held_out)}", f"seed={seed}", f"out={out}"]
     out.parent.mkdir(parents=True, exist_ok=True)
+    noted = out.with_name(out.name + ".command")
+    if (out / "results.jsonl").is_file():
+        if noted.read_text() != " ".join(command[3:]):
+            raise SystemExit(f"{out} was run with other settings, see {noted}; remove it or give another --out.")
+        return out
+    noted.write_text(" ".join(command[3:]))
     with out.with_name(out.name + ".log").open("w") as log:
         subprocess.run(["env", "OMP_NUM_THREADS=1", *command], check=True, stdout=log, stderr=subprocess.STDOUT)
     print(f"done: {out}", flush=True)
@@ -141,19 +150,47 @@ def row_of(folder: Path, source: str) -> dict:
     return next(row for row in rows if row["role"] == "student" and Path(row["data"]).parent.name == source)
 
 
-def print_table(source: str, found: dict[str, list[Path]]) -> None:
-    """Markdown: means over seeds with intervals from a bootstrap over images, and the paired difference to uniform."""
+def print_table(source: str, found: dict[str, list[Path]], teachers: dict[str, dict]) -> None:
+    """Markdown: means over seeds with intervals from a bootstrap over images, and paired differences."""
     rows = {name: [row_of(folder, source) for folder in folders] for name, folders in found.items()}
-    print(f"\n{source}\n\n| teachers' weights | hit@1 | hit@10 | hit@10 less uniform's | spread of hit@10 | minutes |")
-    print("|---|---|---|---|---|---|")
+    print(f"\n{source}\n")
+    print(
+        "| teachers' weights | hit@1 | hit@10 | spread of hit@10 | hit@10 less uniform's | fused less plain | minutes |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for name, row in teachers.items():
+        print(f"| teacher {name} | {cell([row], 1)} | {cell([row], 10)} | | | | |")
     for name, seeds in rows.items():
-        base = rows[UNIFORM + (", fused" if "fused" in name else "")]
-        difference = per_image(seeds, 10) - per_image(base, 10)
-        low, high = interval(bootstrap_means(difference, seed=0))
-        against = f"{100 * difference.mean():+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]" if base is not seeds else ""
+        fused = f"{name}{FUSED}" if f"{name}{FUSED}" in rows else name.replace(" only", f"{SUFFIX} only")
+        base = rows[UNIFORM + (FUSED if "fused" in name else "")]
+        against = difference(seeds, base) if base is not seeds else ""
+        gain = difference(rows[fused], seeds) if fused in rows and fused != name else ""
         spread = 100 * float(np.std([row["mean_hit@10"] for row in seeds], ddof=1)) if len(seeds) > 1 else float("nan")
         minutes = np.mean([row["seconds"] for row in seeds]) / 60
-        print(f"| {name} | {cell(seeds, 1)} | {cell(seeds, 10)} | {against} | {spread:.1f} | {minutes:.1f} |")
+        figures = f"{cell(seeds, 1)} | {cell(seeds, 10)} | {spread:.1f} | {against} | {gain} | {minutes:.1f}"
+        print(f"| {name} | {figures} |")
+
+
+def difference(ours: list[dict], theirs: list[dict]) -> str:
+    """Mean difference of hit@10 with its interval from the same draws of images."""
+    values = per_image(ours, 10) - per_image(theirs, 10)
+    low, high = interval(bootstrap_means(values, seed=0))
+    return f"{100 * values.mean():+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def evaluated_teachers(args: argparse.Namespace, source: str) -> dict[str, dict]:
+    """Each teacher's own figures on a source, computed once."""
+    rows = {}
+    for ref in (args.teachers + ("," + args.fused if args.fused else "")).split(","):
+        name = Path(ref).parent.name
+        path = args.out / "teachers" / f"{name}-{source}.json"
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pairs = open_pairs(f"{args.data}/{source}/test")
+            entry = Entry(role="teacher", name=name, model=load(ref))
+            path.write_text(json.dumps(evaluate_entry(entry, pairs).row))
+        rows[name] = json.loads(path.read_text())
+    return rows
 
 
 def per_image(seeds: list[dict], k: int) -> np.ndarray:

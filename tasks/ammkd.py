@@ -1,8 +1,8 @@
 """Distil a lightweight retriever from several teachers whose weights follow their gradients (AMMKD-style).
 
-    vlkd cache embeddings --teacher runs/a/student --teacher runs/b/student --data shards/train --out runs/cache
+    vlkd cache embeddings --teacher runs/a/student runs/b/student --data shards/train --views 4 --out runs/cache
     vlkd train ammkd data.train=shards/train data.val=shards/val teachers.refs=runs/a/student,runs/b/student \\
-        teachers.folder=runs/cache out=runs/ammkd
+        teachers.views=4 teachers.folder=runs/cache out=runs/ammkd
     vlkd train ammkd smoke=true teachers.refs=first,second out=runs/smoke
 
 Each teacher's stored embeddings are class vectors: the student's images are matched with the teacher's distribution
@@ -100,9 +100,17 @@ def terms(cfg: Ammkd) -> tuple[Term, ...]:
 
 
 def weighting(cfg: Ammkd) -> Weighting:
-    """How the teachers' weights are found at each step."""
+    """How the teachers' weights are found at each step.
+
+    Raises:
+        UserError: `teachers.weights` are given and would not be used, or a setting is outside its range.
+    """
     teachers = len(cfg.teacher_names)
     method = cfg.method
+    if cfg.teachers.weights and method.weighting != "fixed":
+        raise UserError(
+            f"teachers.weights are for method.weighting=fixed, found {method.weighting}; set one of the two."
+        )
     return {
         "balanced": lambda: GradientBalanced(bound=max(method.bound, 1 / teachers), normalised=method.normalised),
         "relative": lambda: LossRelative(window=method.window),

@@ -64,7 +64,17 @@ def test_every_teacher_and_source_has_a_folder_and_a_row(place, capsys):
         assert (row["folder"], row["bytes"], row["bytes_per_image"]) == (str(folder), size, size / row["images"])
         assert 0 < row["error"]["image.embed"]["max_relative_l2"] < 1e-3
         assert row["views_per_second"] > 0
-    assert lines[-6].split() == ["teacher", "source", "images", "views", "MB", "bytes/image", "error", "views/s"]
+    assert lines[-6].split() == [
+        "teacher",
+        "source",
+        "images",
+        "unreadable",
+        "views",
+        "MB",
+        "bytes/image",
+        "error",
+        "views/s",
+    ]
     assert lines[-5].split()[:4] == ["one", "x-captions-train", "8", "2"]
     model, pairs = load(str(place / "runs" / "two" / "student")), open_pairs(str(place / "y/captions.jsonl#train"))
     spec = CacheSpec(features=("image.embed", "text.embed"), views=2, view_settings=ViewSettings())
@@ -119,7 +129,7 @@ def test_verify_fails_after_other_weights(place, capsys, monkeypatch):
     assert "with other weights" in refused(capsys, words(place, "--verify", teachers=["one"], sources=["x"]))
     # A hash that does not notice: the sample does.
     told = json.loads((place / "cache/one/x-captions-train/manifest.json").read_text())["teacher"]["fingerprint"]
-    monkeypatch.setattr(cache_format, "model_fingerprint", lambda model: told)
+    monkeypatch.setattr(cache_format, "model_fingerprint", lambda model, **_: told)
     sentence = refused(capsys, words(place, "--verify", teachers=["one"], sources=["x"]))
     assert "are not those computed anew (lowest cosine" in sentence
     assert "expected 0.999 or more" in sentence

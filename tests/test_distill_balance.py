@@ -12,6 +12,7 @@ from vlkd.distill.balance import balance_teachers, gradient_gramian
 from vlkd.distill.distiller import Compared, Distiller
 from vlkd.distill.teachers import OnlineTeacher
 from vlkd.distill.term import Term
+from vlkd.errors import UserError
 from vlkd.objectives import class_kl, embedding_mse, info_nce
 from vlkd.weighting import Fixed, GradientBalanced, LossRelative, min_norm_weights
 
@@ -167,3 +168,27 @@ def test_a_batch_without_captions_leaves_the_text_terms_out(pairs):
     compared = Distiller(models["student"], terms, sources)(batch_of(sequence_of(pairs, models), (2, 5, 7)))
     assert not compared.losses
     assert balance_teachers(terms, compared, GradientBalanced(0.6)).weights == {}
+
+
+def test_gradients_that_all_vanish_have_a_figure(pairs):
+    """One class vector makes every distribution certain: no loss, no gradient, and still numbers that JSON can hold."""
+    models = {"student": tiny_student()} | tiny_teachers()
+    sources = {name: OnlineTeacher(name, model) for name, model in models.items() if name != "student"}
+    compared = Distiller(models["student"], class_terms("one", "two"), sources)(
+        batch_of(sequence_of(pairs, models), (2, 5, 1))
+    )
+    for normalised in (False, True):
+        balance = balance_teachers(class_terms("one", "two"), compared, GradientBalanced(0.6, normalised))
+        assert balance.weights["one/image"] == balance.weights["two/image"] == 0.5
+        assert all(np.isfinite(value) for value in balance.figures.values())
+
+
+def test_terms_without_an_embedding_cannot_be_balanced():
+    losses = [torch.tensor(1.0), torch.tensor(2.0)]
+    terms = [
+        Term(name=name, objective=embedding_mse, features=("student.image.pooled",), teacher=name) for name in "ab"
+    ]
+    compared = Compared(dict(zip("ab", losses, strict=True)), {})
+    assert balance_teachers(terms, compared, Fixed((1.0, 1.0))).weights == {"a": 0.5, "b": 0.5}
+    with pytest.raises(UserError, match="read no embedding"):
+        balance_teachers(terms, compared, GradientBalanced())

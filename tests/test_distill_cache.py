@@ -248,7 +248,7 @@ def test_building_leaves_the_global_generator_alone(pairs, model, tmp_path):
         ({"features": (*EMBED, "image.pooled")}, r"without image.pooled \(found image.embed, text.embed\)"),
         (
             {"views": 5, "features": (*EMBED, "image.pooled")},
-            r"of fewer views \(.*\), without image.pooled \(.*\); remove ",
+            r"of fewer views \(.*\), which teachers.views=3 takes, without image.pooled \(.*\); remove ",
         ),
     ],
 )

@@ -18,7 +18,7 @@ from vlkd.data.views import ViewSettings
 from vlkd.distill.cache import CacheSpec, ensure_cache
 from vlkd.distill.teachers import CachedTeacher, OnlineTeacher, text_features
 from vlkd.errors import UserError
-from vlkd.models.base import model_fingerprint
+from vlkd.models.fingerprint import model_fingerprint
 
 WANT = frozenset({"image.embed", "text.embed", "image.pooled", "text.pooled", "logit_scale"})
 HELD = tuple(name for name in WANT if "." in name)

@@ -8,13 +8,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from helpers.distilling import TEXTS, tiny_teachers
 from helpers.pairs import picture_pairs
 
 from vlkd import recipes
 from vlkd.config import override
-from vlkd.engine.run import check_teacher, claim_folder, weighting_of
-from vlkd.engine.settings import Run, Train
+from vlkd.data.sources import open_pairs
+from vlkd.engine.run import build_student, check_names, check_teacher, claim_folder, frozen_towers, weighting_of
+from vlkd.engine.settings import Data, Run, Train
+from vlkd.engine.smoke import shrink_to_smoke
 from vlkd.errors import UserError
 from vlkd.weighting import Fixed, GradientBalanced, LossRelative
 
@@ -103,3 +106,45 @@ def test_a_bound_below_the_mean_is_the_mean():
     recipe = recipes.load(recipes.find("tasks", "ammkd"))
     weighting = weighting_of(recipe, override(recipe.config(), ["teachers.refs=a,b", "method.bound=0.3"]))
     assert list(weighting.weigh("image", [1.0, 2.0], np.diag([1.0, 9.0]))) == [0.5, 0.5]
+
+
+def test_an_unreadable_picture_does_not_end_the_check_of_a_teacher(tmp_path, capsys):
+    check_teacher("one", tiny_teachers()["one"], picture_pairs(tmp_path, TEXTS, broken=(0, 3)))
+    assert "on 3 pairs" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no readable training image"):
+        check_teacher("one", tiny_teachers()["one"], picture_pairs(tmp_path / "all", TEXTS, broken=range(8)))
+
+
+def test_sources_of_one_short_name_are_refused(tmp_path):
+    config = Run(data=Data(train=("a/coco/train", "b/coco/train")))
+    with pytest.raises(UserError, match=r"data\.train: a/coco/train and b/coco/train have the same"):
+        check_names(config)
+
+
+def test_weights_that_would_not_be_used_are_refused():
+    recipe = recipes.load(recipes.find("tasks", "ammkd"))
+    config = override(recipe.config(), ["teachers.refs=a,b", "teachers.weights=1,2"])
+    with pytest.raises(UserError, match=r"method\.weighting=fixed, found balanced"):
+        weighting_of(recipe, config)
+
+
+@pytest.mark.parametrize("words", [[], ["method.fusion=1"]])
+def test_frozen_towers_do_not_depend_on_their_projections(words, tmp_path):
+    """A second run with other projections reads what the first stored; other features are stored beside it."""
+    recipe = recipes.load(recipes.find("tasks", "prepare_teacher"))
+    config = shrink_to_smoke(override(recipe.config(), [f"out={tmp_path / 'run'}"]))
+    sources = {ref: open_pairs(ref) for ref in config.data.train}
+    accelerator = Accelerator(cpu=True)
+    student = build_student(config, next(iter(sources.values())), tmp_path / "run")
+    frozen_towers(config, student, recipe.terms(config), sources, accelerator)
+    with torch.no_grad():
+        student.image_projection[0].linear.weight.add_(1)
+    again = override(config, words)
+    towers = frozen_towers(again, student, recipe.terms(again), sources, accelerator)
+    folders = list((tmp_path / "run-smoke-data" / "features").iterdir())
+    assert len(folders) == 1 + bool(words)
+    assert ("image.tokens" in towers.provides) == bool(words)
+    with torch.no_grad():
+        next(student.image_tower.parameters()).add_(1)
+    frozen_towers(again, student, recipe.terms(again), sources, accelerator)
+    assert len(list((tmp_path / "run-smoke-data" / "features").iterdir())) == 2 + bool(words)

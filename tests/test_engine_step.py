@@ -11,6 +11,7 @@ from torch import nn
 
 from vlkd.distill.distiller import Distiller
 from vlkd.distill.teachers import OnlineTeacher
+from vlkd.distill.term import Term
 from vlkd.engine.step import backward_step, split
 from vlkd.errors import UserError
 from vlkd.models.spec import CompositeSpec, build_composite
@@ -119,3 +120,36 @@ def test_a_loss_that_is_not_finite_names_term_and_samples(pairs, accelerator):
         student.image_projection[0].weight.fill_(float("nan"))
     with pytest.raises(UserError, match=r"contrastive = nan.*p0"):
         stepped(pairs, accelerator, 1, student)
+
+
+def test_objectives_that_draw_draw_anew_at_every_step(pairs, accelerator):
+    """With parts, replaying the towers' draws must not take back the draws of an objective."""
+    drawn = []
+
+    def noisy(image):
+        drawn.append(torch.rand(3))
+        return image.square().sum(dim=1)
+
+    term = Term(name="noisy", objective=noisy, features=("student.image.embed",))
+    distiller = Distiller(tiny_student(), (term,), {}).train()
+    batch = batch_of(sequence_of(pairs, {"student": distiller.student}), ALL)
+    torch.manual_seed(0)
+    for _ in range(3):
+        backward_step(distiller, batch, GradientBalanced(), accelerator, 2)
+    assert not torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[1], drawn[2])
+
+
+def test_a_batch_of_unreadable_pictures_has_no_loss_and_no_gradient(tmp_path, accelerator):
+    broken = picture_pairs(tmp_path, TEXTS, broken=ALL)
+    models = {"student": tiny_student()} | tiny_teachers()
+    sources = {name: OnlineTeacher(name, model) for name, model in models.items() if name != "student"}
+    distiller = Distiller(models["student"], TERMS, sources).train()
+    batch = batch_of(sequence_of(broken, models), ALL)
+    assert batch.keys == []
+    for parts in (1, 2):
+        distiller.zero_grad()
+        step = backward_step(distiller, batch, GradientBalanced(), accelerator, parts)
+        assert step.losses == {}
+        assert step.total.item() == 0
+        assert all(value.grad is None or not value.grad.any() for value in distiller.parameters())

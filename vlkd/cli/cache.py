@@ -22,7 +22,7 @@ EXAMPLES = """examples:
   vlkd cache embeddings --teacher runs/teacher/student --data shards/train --out cache --views 4 --verify
 """
 EPILOG = f"""A cache is CACHE/TEACHER/SOURCE/, one per teacher and source, and `vlkd train` reads it with
-teachers.folder=CACHE. The same command continues a build that was stopped.
+teachers.folder=CACHE teachers.views=K. The same command continues a build that was stopped.
 
 {EXAMPLES}"""
 USAGE = f"""usage: vlkd cache embeddings ...
@@ -171,7 +171,7 @@ def figures(reader: CacheReader) -> dict[str, Any]:
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
     """One line per cache; the error is the largest cosine distance of any feature to its float32 value."""
-    headers = ("teacher", "source", "images", "views", "MB", "bytes/image", "error", "views/s")
+    headers = ("teacher", "source", "images", "unreadable", "views", "MB", "bytes/image", "error", "views/s")
     table = [headers]
     for row in rows:
         error = max((values["max_cosine_distance"] for values in row["error"].values()), default=0.0)
@@ -181,6 +181,7 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
                 row["teacher"],
                 row["source"],
                 f"{row['images']:,}",
+                str(row["unreadable"]),
                 str(row["views"]),
                 f"{row['bytes'] / 1e6:.2f}",
                 f"{row['bytes_per_image']:,.0f}",

@@ -133,7 +133,7 @@ def add_images(index: SearchIndex | None, args: argparse.Namespace) -> tuple[Sea
 def _encode_into(
     index: SearchIndex | None, source: Pairs, args: argparse.Namespace, figures: dict[str, Any]
 ) -> tuple[SearchIndex, dict[str, Any]]:
-    from vlkd.models.base import model_fingerprint
+    from vlkd.models.fingerprint import model_fingerprint
     from vlkd.models.load import load
     from vlkd.retrieval.encode import encode_images
     from vlkd.retrieval.index import IndexSettings, SearchIndex

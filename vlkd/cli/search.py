@@ -83,7 +83,7 @@ def search(index: SearchIndex, args: argparse.Namespace) -> list[Answer]:
     """Encode the queries, texts first, and look each of them up."""
     from vlkd.cli.index import check_fingerprint
     from vlkd.data.images import open_image
-    from vlkd.models.base import model_fingerprint
+    from vlkd.models.fingerprint import model_fingerprint
     from vlkd.models.load import load
 
     images = [open_image(path) for path in args.image]

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image as pictures
 from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -26,6 +27,8 @@ from vlkd.errors import UserError
 from vlkd.features import Preprocessing
 
 Ids = NDArray[np.int64]
+
+BLANK = pictures.new("RGB", (8, 8))
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Batch:
         own_ids: (T, P) those of all captions of each captioned image, -1 after the last; P is the largest number of
             captions that any image of the table has.
         inputs: per model name its `pixels`, `ids` and `mask`; image rows are B, text rows are T, or one blank text
-            where T = 0, so that a rank without captions runs (and gathers) what the others do.
+            where T = 0 and one blank picture where B = 0, so that such a rank runs (and gathers) what the others do.
         bad: keys of images that could not be decoded and were left out.
     """
 
@@ -198,8 +201,9 @@ class SampleSequence(Dataset[_Sample]):
         inputs: dict[str, dict[str, Tensor]] = {}
         for name, item in self.consumers.items():
             part: dict[str, Tensor] = {}
-            if item.image and good:
-                part["pixels"] = torch.stack([sample.pixels[name] for sample in good if sample.pixels is not None])
+            if item.image:
+                pixels = [sample.pixels[name] for sample in good if sample.pixels is not None]
+                part["pixels"] = torch.stack(pixels or [item.preprocessing.view_transform(BLANK)])
             if item.text:
                 part |= item.preprocessing.tokenize(texts or [""])
             inputs[name] = part

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vlkd.distill.distiller import Compared
 from vlkd.distill.term import Term
+from vlkd.errors import UserError
 from vlkd.weighting import GradientBalanced, Weighting, duality_gap, gradient_cosines
 
 Array = NDArray[np.float64]
@@ -44,6 +45,9 @@ def balance_teachers(
         compared: losses with their graph, and anchors.
         weighting: the rule.
         agree: makes a tensor the same on all ranks (the mean over ranks); the identity on one.
+
+    Raises:
+        UserError: gradients are asked for and a teacher's terms read no embedding of the student.
     """
     weights: dict[str, float] = {}
     figures: dict[str, float] = {}
@@ -52,13 +56,19 @@ def balance_teachers(
         losses = losses_of_teachers(group, compared.losses)
         if not losses:
             continue
-        name = "+".join(anchor)
+        name = "+".join(anchor) or "no embedding"
+        if weighting.gradients and len(losses) > 1 and not anchor:
+            raise UserError(
+                f"The terms {', '.join(group)} read no embedding of the student, where gradients could be compared; "
+                "give their teachers fixed weights."
+            )
         values = [float(value) for value in agree(torch.stack([loss.detach() for loss in losses.values()]))]
         gramian = None
-        if weighting.gradients:
+        if weighting.gradients and len(losses) > 1:
             at = [compared.anchors[side] for side in anchor]
             gramian = agree(gradient_gramian(list(losses.values()), at)).cpu().numpy()
-        alpha = dict(zip(losses, map(float, weighting.weigh(name, values, gramian)), strict=True))
+        found = weighting.weigh(name, values, gramian) if len(losses) > 1 else [1.0]
+        alpha = dict(zip(losses, map(float, found), strict=True))
         weights |= {term.name: alpha[term.teacher] for term in group.values() if term.teacher in alpha}
         if len(losses) > 1:
             figures |= {f"weight/{name}/{teacher}": value for teacher, value in alpha.items()}
@@ -108,6 +118,7 @@ def figures_of(
     left = float(np.sqrt(np.clip(alpha @ gramian @ alpha, 0, None)))
     figures[f"common_descent/{name}"] = left / max(float(alpha @ lengths), 1e-30)
     if isinstance(weighting, GradientBalanced):
-        solved = (cosines, alpha * lengths / (alpha @ lengths)) if weighting.normalised else (gramian, alpha)
+        moved = float(alpha @ lengths)
+        solved = (cosines, alpha * lengths / moved) if weighting.normalised and moved else (gramian, alpha)
         figures[f"residual/{name}"] = duality_gap(*solved, weighting.bound)
     return figures

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vlkd.data.loader import Batch
-from vlkd.distill.teachers import CachedTeacher, Teacher, trim_texts
+from vlkd.distill.teachers import CachedTeacher, Teacher, trim_blanks
 from vlkd.distill.term import Term, wanted
 from vlkd.errors import UserError
 from vlkd.features import check_features
@@ -84,7 +84,7 @@ class Distiller(nn.Module):
         """The student's features of this rank's batch, float32."""
         want = self.wanted_of_student
         if self.towers is None:
-            return trim_texts(self.student.encode(batch.inputs["student"], want), batch)
+            return trim_blanks(self.student.encode(batch.inputs["student"], want), batch)
         assert isinstance(self.student, CompositeModel)
         held = self.towers.targets(batch, tower_names(want))
         found = held | self.student.project(held) | self.student.scale_features()

@@ -30,8 +30,8 @@ class FusionMatching(nn.Module):
     - It is dropped afterwards: the teacher remains a dual encoder, whose texts can be encoded once and stored.
 
     The network's parameters belong to the term: trained with the student, never part of what is exported. Draws come
-    from torch's global generator; under data parallelism each rank draws its own negatives for the same global batch,
-    and the mean over ranks is a mean over more draws.
+    from torch's generator. Under data parallelism every rank judges the global batch, with draws of its own generator:
+    those of one rank where ranks were seeded alike, a mean over more draws where they were not.
 
     Args:
         width: D, the joint width.

@@ -53,7 +53,7 @@ class OnlineTeacher:
         """The model's features of the batch."""
         held = {name: self.texts[name][batch.texts].to(batch.captioned.device) for name in want if name in self.texts}
         computed = [name for name in want if name not in held]
-        found = trim_texts(self.model.encode(batch.inputs.get(self.name, {}), computed), batch)
+        found = trim_blanks(self.model.encode(batch.inputs.get(self.name, {}), computed), batch)
         return found | held
 
 
@@ -154,7 +154,10 @@ def text_features(
     return {key: value.index_select(0, order) for key, value in columns.items()}
 
 
-def trim_texts(features: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor]:
-    """Features in float32, text features without the row of the blank text that stands in for no caption at all."""
+def trim_blanks(features: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+    """Features in float32, without the row of the blank text or picture that stands in where a batch has none."""
+    rows = {"text": len(batch.texts), "image": len(batch.keys)}
     single = {key: value.float() if value.is_floating_point() else value for key, value in features.items()}
-    return {key: value[: len(batch.texts)] if key.startswith("text.") else value for key, value in single.items()}
+    return {
+        key: value[: rows[side]] if (side := key.partition(".")[0]) in rows else value for key, value in single.items()
+    }

@@ -57,8 +57,8 @@ class Term:
     @property
     def anchor(self) -> tuple[str, ...]:
         """The sides whose shared embedding of the student it reads, where gradients of teachers are compared."""
-        own = [feature for feature in self.features if feature.startswith(("student.", "projected."))]
-        return tuple(side for side in SIDES if any(f".{side}." in feature for feature in own))
+        own = {feature.partition(".")[2] for feature in self.features if feature.startswith(("student.", "projected."))}
+        return tuple(side for side in SIDES if f"{side}.embed" in own)
 
     @property
     def projects(self) -> bool:

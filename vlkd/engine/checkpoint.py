@@ -46,7 +46,10 @@ def save_checkpoint(
         save_file(contiguous(module.state_dict()), str(temporary / f"{name}.safetensors"))
     tensors, numbers = split_optimizer(optimizer.state_dict())
     save_file(tensors, str(temporary / "optimizer.safetensors"))
-    save_file({"torch": torch.get_rng_state()}, str(temporary / "rng-0.safetensors"))
+    states = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    save_file(states, str(temporary / "rng-0.safetensors"))
     (temporary / STATE).write_text(json.dumps({"step": step, "optimizer": numbers, **state}))
     shutil.rmtree(target, ignore_errors=True)
     temporary.replace(target)
@@ -72,7 +75,10 @@ def load_checkpoint(path: Path, *, modules: dict[str, nn.Module], optimizer: tor
             module.load_state_dict(load_file(str(path / f"{name}.safetensors")))
         tensors = load_file(str(path / "optimizer.safetensors"))
         optimizer.load_state_dict(join_optimizer(tensors, state["optimizer"]))
-        torch.set_rng_state(load_file(str(path / "rng-0.safetensors"))["torch"])
+        states = load_file(str(path / "rng-0.safetensors"))
+        torch.set_rng_state(states["torch"])
+        if "cuda" in states and torch.cuda.is_available():
+            torch.cuda.set_rng_state(states["cuda"])
     except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
         line = str(error).splitlines()[0]
         raise UserError(f"The checkpoint {path} cannot be used ({line}); remove that folder to fall back.") from error

@@ -12,7 +12,7 @@ from vlkd.data.scenes import generate_scenes
 from vlkd.data.shards import write_shards
 from vlkd.data.sources import open_pairs
 from vlkd.engine.run import run_recipe
-from vlkd.models.base import model_fingerprint
+from vlkd.models.fingerprint import model_fingerprint
 from vlkd.models.load import load
 from vlkd.retrieval.encode import encode_images
 from vlkd.retrieval.index import SearchIndex

@@ -10,7 +10,6 @@ from typing import Any
 
 from vlkd import __version__
 from vlkd.data.sources import Pairs, open_pairs, source_name
-from vlkd.distill.distiller import Distiller
 from vlkd.engine.loop import Outcome
 from vlkd.engine.results import Entry, evaluate_entry, write_report
 from vlkd.engine.settings import Run
@@ -47,21 +46,19 @@ def finish(
     config: Run,
     folder: Path,
     outcome: Outcome,
-    distiller: Distiller,
     teachers: dict[str, DualEncoderModule],
     pairs: Pairs,
 ) -> None:
     """Export the student, evaluate it beside its teachers and `report.compare`, write results and report."""
     # Everything is evaluated where the compared models are loaded.
-    distiller.cpu()
     student = outcome.student.cpu()
     assert isinstance(student, CompositeModel)
     student.save(folder / "student", dtype=config.student.dtype, golden=True)
     entries = [Entry(role="student", name=str(folder / "student"), model=student)]
     if config.report.asymmetric:
         for name, ref in zip(config.teacher_names, config.teachers.refs, strict=True):
-            if name in distiller.heads:
-                head = distiller.heads[name]
+            if name in outcome.heads:
+                head = outcome.heads[name].cpu()
                 assert isinstance(head, LinearHead)
                 mixed = with_text_of(student, ref, heads=(head,))
                 mixed.save(folder / f"student-with-text-of-{name}")

@@ -31,12 +31,14 @@ class Outcome:
 
     Attributes:
         student: the weights to export.
+        heads: from its embeddings to the teachers', of the same weights.
         step: optimiser steps done.
         samples: student samples seen.
         seconds: in the loop, those before a resume included.
     """
 
     student: DualEncoderModule
+    heads: nn.ModuleDict
     step: int
     samples: int
     seconds: float
@@ -71,7 +73,8 @@ def train(
     # Before the averaged weights and the optimiser are made, so that all of them are on one device.
     distiller.to(accelerator.device)
     optimizer = torch.optim.AdamW(parameter_groups(distiller, settings.weight_decay), lr=settings.lr, betas=(0.9, 0.98))
-    averaged = AveragedWeights(distiller.student, settings.ema) if settings.ema else None
+    exported = nn.ModuleDict({"student": distiller.student, "heads": distiller.heads})
+    averaged = AveragedWeights(exported, settings.ema) if settings.ema else None
     modules: dict[str, nn.Module] = {"distiller": distiller} | ({"averaged": averaged.module} if averaged else {})
     step, earlier = 0, 0.0
     if saved := whole_checkpoints(folder / "checkpoints"):
@@ -82,7 +85,10 @@ def train(
         accelerator.print(f"continuing from {saved[-1]} ({stream.position} samples seen)")
     log = MetricsLog(folder / "metrics.jsonl", step) if accelerator.is_main_process else None
     copy_from_first_rank(distiller)
-    best = averaged.module if averaged else distiller.student
+    best = averaged.module if averaged else exported
+    student, heads = best["student"], best["heads"]
+    assert isinstance(student, DualEncoderModule)
+    assert isinstance(heads, nn.ModuleDict)
     started = last_saved = last_logged = time.perf_counter()
     logged_position = stream.position
     next_evaluation = _next(stream.position, settings.eval_samples)
@@ -106,7 +112,7 @@ def train(
         if isinstance(distiller.student, CompositeModel):
             clamp_logit_scale(distiller.student.log_logit_scale, settings.max_logit_scale)
         if averaged:
-            averaged.update(distiller.student, step)
+            averaged.update(exported, step)
         step += 1
         bar.update(stream.batch_size)
         ended = step == steps
@@ -120,7 +126,7 @@ def train(
             accelerator.log(row, step=step)
         if log and (ended or stream.position >= next_evaluation):
             next_evaluation = _next(stream.position, settings.eval_samples)
-            figures = evaluate(best)
+            figures = evaluate(student)
             log.write(step, stream.position, {f"val/{name}": value for name, value in figures.items()})
             accelerator.log({f"val/{name}": value for name, value in figures.items()}, step=step)
         if accelerator.is_main_process and (ended or time.perf_counter() - last_saved >= 60 * settings.save_minutes):
@@ -140,7 +146,8 @@ def train(
             break
     bar.close()
     accelerator.wait_for_everyone()
-    return Outcome(student=best, step=step, samples=stream.position, seconds=earlier + last_logged - started)
+    seconds = earlier + last_logged - started
+    return Outcome(student=student, heads=heads, step=step, samples=stream.position, seconds=seconds)
 
 
 def _next(position: int, interval: int) -> float:

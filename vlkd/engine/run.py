@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor
 
 from vlkd import config as settings_module
 from vlkd.data.decoded import Decoded
+from vlkd.data.images import BadImage
 from vlkd.data.loader import BatchStream, Consumer, SampleSequence
 from vlkd.data.sources import Pairs, open_pairs, open_sources, source_name, union
 from vlkd.distill.cache import CacheSpec, ensure_cache
@@ -30,6 +35,7 @@ from vlkd.engine.smoke import shrink_to_smoke
 from vlkd.errors import UserError
 from vlkd.models.base import DualEncoderModule
 from vlkd.models.composite import load_composite, tower_names
+from vlkd.models.fingerprint import model_fingerprint
 from vlkd.models.load import load
 from vlkd.models.self_check import self_check
 from vlkd.models.spec import build_composite
@@ -63,6 +69,8 @@ def run_recipe(recipe: ModuleType, assignments: Sequence[str]) -> Path:
         cpu=config.train.device == "cpu" or config.smoke,
         mixed_precision="bf16" if config.train.precision == "bf16" else "no",
         log_with=list(config.train.trackers) or None,
+        # Ranks wait while the first one fills the teacher cache.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
         project_dir=str(folder),
     )
     if config.train.trackers:
@@ -71,6 +79,7 @@ def run_recipe(recipe: ModuleType, assignments: Sequence[str]) -> Path:
     torch.manual_seed(config.seed)
     terms: tuple[Term, ...] = recipe.terms(config)
     weighting = weighting_of(recipe, config)
+    check_names(config)
     sources = dict(zip(config.data.train, open_sources(config.data.train), strict=True))
     pairs = union(list(sources.values()))
     report_data(pairs)
@@ -78,7 +87,7 @@ def run_recipe(recipe: ModuleType, assignments: Sequence[str]) -> Path:
     torch.manual_seed(config.seed)
     student = build_student(config, pairs, folder)
     teaching = prepare_teachers(config, terms, sources, pairs, accelerator)
-    towers = frozen_towers(config, student, terms, sources)
+    towers = frozen_towers(config, student, terms, sources, accelerator)
     stream = open_stream(config, pairs, student, terms, teaching, towers, accelerator)
     banks = class_vector_banks(config, stream.sequence, teaching, accelerator)
     torch.manual_seed(config.seed + 1)
@@ -93,7 +102,7 @@ def run_recipe(recipe: ModuleType, assignments: Sequence[str]) -> Path:
         lambda model: watched_figures(model, watched),
     )
     if accelerator.is_main_process:
-        finish(config, folder, outcome, distiller, teaching.models, pairs)
+        finish(config, folder, outcome, teaching.models, pairs)
     accelerator.end_training()
     return folder
 
@@ -135,11 +144,12 @@ def report_data(pairs: Pairs) -> None:
 def build_student(config: Run, pairs: Pairs, folder: Path) -> DualEncoderModule:
     """The student: from a folder, or built, with a tokenizer trained on the captions where it needs one."""
     if config.student.start:
-        return channels_last(load_composite(config.student.start))
-    tokenizer = None
-    if config.model.text == "compact" and not config.model.tokenizer:
-        tokenizer = train_tokenizer(dict.fromkeys(pairs.texts()), vocab_size=config.student.vocab_size)
-    model = build_composite(config.model, tokenizer=tokenizer, name=str(folder / "student"))
+        model = load_composite(config.student.start)
+    else:
+        tokenizer = None
+        if config.model.text == "compact" and not config.model.tokenizer:
+            tokenizer = train_tokenizer(dict.fromkeys(pairs.texts()), vocab_size=config.student.vocab_size)
+        model = build_composite(config.model, tokenizer=tokenizer, name=str(folder / "student"))
     if config.student.frozen_towers:
         model.image_tower.requires_grad_(False)
         if model.text_tower is not None:
@@ -153,6 +163,16 @@ def build_student(config: Run, pairs: Pairs, folder: Path) -> DualEncoderModule:
 def channels_last(model: DualEncoderModule) -> DualEncoderModule:
     """The model in the layout in which the CPU's bf16 convolutions are about twice as fast, and no others slower."""
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def check_names(config: Run) -> None:
+    """Raise `UserError` where two sources of one kind would have the same short name in caches and tables."""
+    for kind in ("train", "val", "test"):
+        refs = getattr(config.data, kind)
+        names = [source_name(ref) for ref in refs]
+        twice = [ref for ref, name in zip(refs, names, strict=True) if names.count(name) > 1]
+        if twice:
+            raise UserError(f"data.{kind}: {' and '.join(twice)} have the same last two path parts; rename a folder.")
 
 
 def weighting_of(recipe: ModuleType, config: Run) -> Weighting:
@@ -177,19 +197,29 @@ def prepare_teachers(
         if config.teachers.views:
             with accelerator.main_process_first():
                 teaching[name] = cached_teacher(config, name, model, sources, want | HELD)
+            # It runs again in the final evaluation alone.
+            model.cpu()
         else:
             texts = {feature for feature in want if feature.startswith("text.")}
-            teaching[name] = OnlineTeacher(name, model, text_features(name, model, pairs.texts(), texts))
+            with accelerator.autocast():
+                teaching[name] = OnlineTeacher(name, model, text_features(name, model, pairs.texts(), texts))
     return Teaching(models=models, sources=teaching)
 
 
 def check_teacher(name: str, model: DualEncoderModule, pairs: Pairs) -> None:
     """Refuse a teacher whose preprocessing, outputs or image-text pairing are broken, before the first step."""
     rows = [i for i, captions in enumerate(pairs.captions) if captions]
-    rows = rows[:: max(1, len(rows) // CHECKED_PAIRS)][:CHECKED_PAIRS]
-    if not rows:
-        raise UserError(f"Teacher {name} cannot be checked: no training image has a caption; add captioned data.")
-    report = self_check(model, [pairs.image(i) for i in rows], [pairs.captions[i][0] for i in rows])
+    images, captions = [], []
+    for row in rows[:: max(1, len(rows) // CHECKED_PAIRS)][:CHECKED_PAIRS]:
+        # The data's own limit on pictures that cannot be decoded is kept elsewhere.
+        with contextlib.suppress(BadImage):
+            images.append(pairs.image(row))
+            captions.append(pairs.captions[row][0])
+    if not images:
+        raise UserError(
+            f"Teacher {name} cannot be checked: no readable training image has a caption; add captioned data."
+        )
+    report = self_check(model, images, captions)
     print(f"teacher {name}: paired captions stand out by z = {report.z:.1f} on {report.pairs} pairs", flush=True)
     for warning in report.warnings:
         print(f"warning: {warning}", flush=True)
@@ -222,15 +252,23 @@ def cached_teacher(
 
 
 def frozen_towers(
-    config: Run, student: DualEncoderModule, terms: Sequence[Term], sources: Mapping[str, Pairs]
+    config: Run,
+    student: DualEncoderModule,
+    terms: Sequence[Term],
+    sources: Mapping[str, Pairs],
+    accelerator: Accelerator,
 ) -> CachedTeacher | None:
     """The features of frozen student towers, so that only projections run in training."""
     if not config.student.frozen_towers:
         return None
     if not config.teachers.views:
         raise UserError("student.frozen_towers=true stores tower features; set teachers.views to 1 or more.")
-    name = "towers-" + Path(config.model.image).name
-    return cached_teacher(config, name, student, sources, tower_names(wanted(terms, "student")))
+    features = tower_names(wanted(terms, "student"))
+    # Other towers or other features have a folder of their own: runs with and without a term share what they can.
+    which = hashlib.sha256(repr((model_fingerprint(student, towers=True), sorted(features))).encode()).hexdigest()[:8]
+    name = f"towers-{Path(config.model.image).name}-{which}"
+    with accelerator.main_process_first():
+        return cached_teacher(config, name, student.to(accelerator.device), sources, features)
 
 
 def class_vector_banks(
@@ -282,7 +320,7 @@ def open_stream(
         view_cycle=config.teachers.views if stored else 0,
         stored_view=stored[0].view if stored else None,
         decoded=Decoded(pairs, config.data.keep_short_side) if config.data.keep_short_side and decoding else None,
-        unusable=towers.unreadable_rows() if towers else (),
+        unusable={row for source in stored for row in source.unreadable_rows()},
     )
     return BatchStream(
         sequence,

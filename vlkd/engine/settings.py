@@ -47,7 +47,7 @@ class Teachers:
 
     refs: tuple[str, ...] = ()
     weights: tuple[float, ...] = ()
-    views: int = 8
+    views: int = 4
     folder: str = "runs/teacher_features"
     dtype: Literal["float32", "float16", "bfloat16", "int8"] = "float16"
     batch_size: int = 64
@@ -85,7 +85,7 @@ class Train:
         clip: largest norm of the gradient; 0 does not clip.
         ema: decay of the averaged weights that are evaluated and exported; 0 keeps none.
         max_logit_scale: the logit scale is clamped to it after each step.
-        precision: "bf16" runs the towers under autocast; objectives are always float32.
+        precision: "bf16" runs towers, heads and objectives' own networks under autocast; objectives are float32.
         log_steps: between lines of metrics.jsonl.
         eval_samples: between evaluations on `data.val`; 0 evaluates only at the end.
         save_minutes: between checkpoints; 0 saves after every step.

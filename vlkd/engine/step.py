@@ -78,6 +78,8 @@ def _backward_in_parts(
         compared = distiller.compare(leaves | scales, batch)
     step = _weighted(distiller, compared, batch, weighting)
     step.total.backward()  # type: ignore[no-untyped-call]
+    # Objectives may draw, too: the next step goes on behind their draws, not behind the replayed ones.
+    behind = _random_state(accelerator.device)
     taken = dict.fromkeys(rows, 0)
     for piece, generator in zip(pieces, generators, strict=True):
         _set_random_state(generator, accelerator.device)
@@ -92,11 +94,15 @@ def _backward_in_parts(
                 gradients.append(gradient[begin : taken[name]])
         if outputs:
             torch.autograd.backward(outputs, gradients)
+    _set_random_state(behind, accelerator.device)
     return step
 
 
 def split(batch: Batch, parts: int) -> Iterator[Batch]:
     """A batch in consecutive parts; their captions follow their images."""
+    if not batch.keys:
+        yield batch
+        return
     texts_before = [0, *batch.captioned.long().cumsum(0).tolist()]
     for images in torch.arange(len(batch.keys)).tensor_split(min(parts, len(batch.keys))):
         first, last = int(images[0]), int(images[-1]) + 1

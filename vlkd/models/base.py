@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -160,14 +159,3 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for child, training in modes:
             child.training = training
-
-
-def model_fingerprint(model: DualEncoderModule) -> str:
-    """A hash of all weights and of the preprocessing."""
-    state = hashlib.sha256(repr((model.preprocessing.image_size, model.preprocessing.context_length)).encode())
-    settings = getattr(model, "settings", None)
-    state.update(repr(settings).encode())
-    for name, value in sorted(model.state_dict().items()):
-        state.update(name.encode())
-        state.update(value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
-    return state.hexdigest()[:16]

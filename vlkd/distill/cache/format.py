@@ -14,17 +14,20 @@ from typing import Any, Literal, NoReturn, get_args
 from vlkd.data.sources import Pairs
 from vlkd.data.views import ViewSettings, view_of
 from vlkd.errors import UserError
-from vlkd.models.base import DualEncoderModule, model_fingerprint
+from vlkd.models.base import DualEncoderModule
+from vlkd.models.fingerprint import model_fingerprint
 
 FORMAT, VERSION = "vlkd-teacher-cache", 1
 MANIFEST = "manifest.json"
 METADATA = "vlkd"
 """The one key of a shard's metadata: safetensors writes several in no fixed order, and equal shards are equal bytes."""
 DRAWN_VIEWS = 16
+TOWER_FEATURES = ("image.pooled", "image.tokens", "text.pooled", "text.tokens", "text.mask")
+"""They do not depend on a model's projections."""
 
 Precision = Literal["fp32", "bf16"]
 StorageType = Literal["float32", "float16", "bfloat16", "int8"]
-FIDELITY = {"bf16": 0, "fp32": 1, "int8": 0, "bfloat16": 1, "float16": 1, "float32": 2}
+FIDELITY = {"bf16": 0, "fp32": 1, "int8": 0, "bfloat16": 1, "float16": 2, "float32": 3}
 """Features of a more faithful pass or dtype than asked for can serve."""
 
 
@@ -74,7 +77,7 @@ def identity(model: DualEncoderModule, spec: CacheSpec) -> dict[str, Any]:
     drawn = [view_of(spec.view_settings, spec.view_seed, "", number) for number in range(DRAWN_VIEWS)]
     found = {
         "version": VERSION,
-        "weights": model_fingerprint(model),
+        "weights": model_fingerprint(model, towers=all(name in TOWER_FEATURES for name in spec.features)),
         "count": spec.views,
         "settings": settings | {"seed": spec.view_seed},
         "drawn": hashlib.sha256(repr([(view.box, view.flip) for view in drawn]).encode()).hexdigest()[:16],
@@ -94,7 +97,9 @@ def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[s
     phrases = told("with other weights", "weights")
     phrases += told("of other views", "settings") or told("of views drawn in another way", "drawn")
     if found["count"] < expected["count"]:
-        phrases += told("of fewer views", "count")
+        phrases += [
+            f"{phrase}, which teachers.views={found['count']} takes" for phrase in told("of fewer views", "count")
+        ]
     if missing := sorted(set(expected["features"]) - set(found["features"])):
         phrases.append(f"without {', '.join(missing)} (found {', '.join(found['features'])})")
     for name in ("precision", "dtype"):

@@ -1,0 +1,47 @@
+"""A hash of everything on which a model's features depend."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from vlkd.models.base import DualEncoderModule
+from vlkd.models.golden import SENTENCES, probe_images
+
+PROJECTIONS = ("image_projection.", "text_projection.")
+
+
+def model_fingerprint(model: DualEncoderModule, *, towers: bool = False) -> str:
+    """A hash of the weights, of the layout, and of what the preprocessing makes of fixed pictures and sentences.
+
+    Args:
+        model: the model; it is only read.
+        towers: leave the projections out, for features that lie before them.
+    """
+    transform = model.preprocessing
+    state = hashlib.sha256(repr((transform.image_size, transform.context_length)).encode())
+    layout = getattr(model, "layout", None)
+    state.update(repr(without_projections(layout) if layout and towers else layout).encode())
+    tensors = [
+        part(image) for image in probe_images() for part in (transform.image_transform, transform.view_transform)
+    ]
+    tensors += [value for _, value in sorted(transform.tokenize(SENTENCES).items())]
+    named = [*((f"input.{i}", value) for i, value in enumerate(tensors)), *sorted(model.state_dict().items())]
+    for name, value in named:
+        if not (towers and name.startswith(PROJECTIONS)):
+            state.update(name.encode())
+            state.update(value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()[:16]
+
+
+def without_projections(layout: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """What a `model.json` says of the two towers."""
+    return [
+        (f"{side}.{key}", value)
+        for side in ("image", "text")
+        for key, value in sorted(layout[side].items())
+        if not key.startswith("projection")
+    ]
