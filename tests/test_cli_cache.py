@@ -75,7 +75,7 @@ def test_every_teacher_and_source_has_a_folder_and_a_row(place, capsys):
         "error",
         "views/s",
     ]
-    assert lines[-5].split()[:4] == ["one", "x-captions-train", "8", "2"]
+    assert lines[-5].split()[:5] == ["one", "x-captions-train", "8", "0", "2"]
     model, pairs = load(str(place / "runs" / "two" / "student")), open_pairs(str(place / "y/captions.jsonl#train"))
     spec = CacheSpec(features=("image.embed", "text.embed"), views=2, view_settings=ViewSettings())
     reader = open_cache(place / "cache" / "two" / "y-captions-train", "two", model, pairs, spec)
