@@ -94,7 +94,7 @@ def main() -> None:
 
 def variants(args: argparse.Namespace) -> dict[str, list[str]]:
     """Per row of the table its settings."""
-    rows: dict[str, list[str]] = {}
+    rows = {"no teacher": [f"teachers.refs={args.teachers}", "method.distillation=0", "method.weighting=fixed"]}
     for suffix, refs in (("", args.teachers), (FUSED, args.fused)):
         if refs:
             rows |= {f"{name}{suffix}": [f"teachers.refs={refs}", *more] for name, more in WEIGHTINGS.items()}
