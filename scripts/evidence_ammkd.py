@@ -44,7 +44,7 @@ STUDENT = [
     "views.flip=0",
     "report.teachers=false",
 ]
-CHOSEN = ["method.temperature=2", "method.distillation=1", "method.contrastive=0.5", "teachers.bank=0"]
+CHOSEN = ["method.temperature=2", "method.distillation=4", "method.contrastive=0.5", "teachers.bank=512"]
 UNIFORM = "uniform"
 FUSED, SUFFIX = ", fused", "-fused"
 WEIGHTINGS = {
@@ -53,13 +53,14 @@ WEIGHTINGS = {
     "balanced, C = 1": ["method.weighting=balanced", "method.bound=1"],
     "loss-relative": ["method.weighting=relative"],
 }
+BATCH = ["teachers.bank=0", "method.distillation=1"]
 TRIALS = [
+    BATCH,
+    [*BATCH, "method.temperature=1"],
+    [*BATCH, "method.temperature=4"],
+    ["teachers.bank=0"],
+    ["method.distillation=1"],
     [],
-    ["method.temperature=1"],
-    ["method.temperature=4"],
-    ["method.distillation=4"],
-    ["teachers.bank=512"],
-    ["teachers.bank=512", "method.distillation=4"],
 ]
 
 
