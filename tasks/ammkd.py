@@ -24,7 +24,7 @@ from vlkd.distill.term import Term
 from vlkd.engine.settings import Run
 from vlkd.errors import UserError
 from vlkd.objectives import class_kl, info_nce
-from vlkd.weighting import Fixed, GradientBalanced, LossRelative, Weighting, uniform_weights
+from vlkd.weighting import Fixed, GradientBalanced, LossRelative, Weighting, fixed_weights, uniform_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +69,10 @@ def terms(cfg: Ammkd) -> tuple[Term, ...]:
     """The contrastive term, and per teacher one term for each tower.
 
     Raises:
-        UserError: no teacher is named.
+        UserError: no teacher is named, or the temperature is not above 0.
     """
+    if not cfg.method.temperature > 0:
+        raise UserError(f"method.temperature={cfg.method.temperature}: expected more than 0.")
     if not cfg.teacher_names:
         raise UserError("AMMKD needs teachers; name one or several with teachers.refs=REF,REF.")
     contrastive = Term(
@@ -114,5 +116,5 @@ def weighting(cfg: Ammkd) -> Weighting:
     return {
         "balanced": lambda: GradientBalanced(bound=max(method.bound, 1 / teachers), normalised=method.normalised),
         "relative": lambda: LossRelative(window=method.window),
-        "fixed": lambda: Fixed(cfg.teachers.weights or uniform_weights(teachers)),
+        "fixed": lambda: Fixed(fixed_weights(cfg.teachers.weights or uniform_weights(teachers), teachers)),
     }[method.weighting]()

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from vlkd.data.prepare import encode_picture
 from vlkd.data.shard_writer import RawSample, write_shards
-from vlkd.data.sources import Pairs, open_pairs, union
+from vlkd.data.sources import ImageFile, Pairs, open_pairs, union
 from vlkd.data.views import geometry, view_of
 from vlkd.distill.cache import CacheSpec, check_embeddings, ensure_cache, open_cache, verify_cache
 from vlkd.distill.cache import build as cache_build
@@ -356,8 +356,8 @@ def test_half_a_cache_of_another_build_is_refused(pairs, model, tmp_path, small)
     (tmp_path / "c" / "rows.002.safetensors").unlink()
     for changes, sentence in (
         ({"view_seed": 1}, "of other views"),
-        ({"dtype": "int8"}, "with other views, features, precision or dtype"),
-        ({"views": 2}, "with other views, features, precision or dtype"),
+        ({"dtype": "int8"}, r"with another dtype \(found float32, expected int8\)"),
+        ({"views": 2}, r"with another number of views \(found 3, expected 2\)"),
     ):
         with pytest.raises(UserError, match=sentence):
             build(model, pairs, tmp_path / "c", **changes)
@@ -530,3 +530,30 @@ def test_a_pass_in_bf16_builds_and_is_read_under_autocast(pairs, model, tmp_path
     torch.testing.assert_close(found, reader.image("image.embed", ROWS, NUMBERS), rtol=0, atol=0)
     cosine = torch.cosine_similarity(found, direct(model, pairs))
     assert 0.999 < float(cosine.min()) < 1
+
+
+def test_another_picture_of_the_same_name_and_length_is_refused(model, tmp_path):
+    """Two uncompressed pictures change places: names and lengths stay."""
+    folder = tmp_path / "p"
+    folder.mkdir()
+    paths = [folder / f"{number}.bmp" for number in range(2)]
+    for number, path in enumerate(paths):
+        noise(number).save(path)
+    pairs = Pairs(["a", "b"], [("a dog",), ("a red square",)], [ImageFile(path) for path in paths])
+    build(model, pairs, tmp_path / "c")
+    first, second = (path.read_bytes() for path in paths)
+    assert len(first) == len(second)
+    paths[0].write_bytes(second)
+    paths[1].write_bytes(first)
+    with pytest.raises(UserError, match="from other data"):
+        build(model, pairs, tmp_path / "c")
+
+
+def test_a_build_that_is_continued_makes_a_damaged_shard_again(pairs, model, tmp_path, small):
+    build(model, pairs, tmp_path / "c")
+    shard = tmp_path / "c" / "rows.001.safetensors"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-5] + bytes([content[-5] ^ 255]) + content[-4:])
+    (tmp_path / "c" / MANIFEST).unlink()
+    assert build(model, pairs, tmp_path / "c").manifest["computed"] == 3
+    assert shard.read_bytes() == content

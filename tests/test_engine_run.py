@@ -35,6 +35,8 @@ def test_a_folder_where_training_began_keeps_its_settings(tmp_path):
     claim_folder(first)
     (tmp_path / "run" / "metrics.jsonl").write_text("")
     claim_folder(first)
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
+    claim_folder(first)
     with pytest.raises(UserError, match=r"train\.lr: 0\.001 -> 0\.5"):
         claim_folder(replace(first, train=Train(lr=0.5)))
 

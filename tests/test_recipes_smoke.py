@@ -19,6 +19,7 @@ from vlkd.cli.main import main
 from vlkd.config import differences, override, to_json
 from vlkd.engine.checkpoint import whole_checkpoints
 from vlkd.engine.smoke import shrink_to_smoke
+from vlkd.errors import UserError
 from vlkd.models.load import load
 
 ALL_OBJECTIVES = (
@@ -92,6 +93,11 @@ def test_smoke(name, tmp_path):
             mixed = load(str(tmp_path / "run" / f"student-with-text-of-{teacher}"))
             lender = load(str(tmp_path / "run-smoke-data" / teacher))
             torch.testing.assert_close(mixed.encode_text(["a dog"]), lender.encode_text(["a dog"]))
+        with torch.no_grad():
+            lender.text_projection[0].weight.mul_(-1)
+        lender.save(tmp_path / "run-smoke-data" / "teacher1")
+        with pytest.raises(UserError, match=r"text\.embed"):
+            load(str(tmp_path / "run" / "student-with-text-of-teacher1"))
 
 
 @pytest.mark.parametrize("bank", [0, 20])

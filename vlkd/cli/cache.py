@@ -66,12 +66,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     views = ViewSettings()
     # One flag may be given several times, or have several values.
     several: dict[str, Any] = {"required": True, "nargs": "+", "action": "extend"}
-    parser.add_argument("--teacher", metavar="REF", **several)
+    parser.add_argument("--teacher", metavar="REF", help="models; of a run, its folder `student`", **several)
     parser.add_argument("--data", metavar="PATH[#SPLIT]", help="shards, captions files, image folders", **several)
     parser.add_argument("--out", required=True, type=Path, metavar="CACHE", help="folder of all caches")
     parser.add_argument("--views", type=int, default=4, metavar="K", help="views per image, default %(default)s")
     for name, (low, high) in (("scale", views.crop_scale), ("ratio", views.crop_ratio)):
-        parser.add_argument(f"--crop-{name}", type=_range, default=(low, high), metavar="LOW,HIGH", help="as views.*")
+        parser.add_argument(
+            f"--crop-{name}", type=_range, default=(low, high), metavar="LOW,HIGH", help="as views.* of a recipe"
+        )
     parser.add_argument("--flip", type=float, default=views.flip, metavar="P", help="share of mirrored views")
     parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of storage, default %(default)s")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the pass")
@@ -97,7 +99,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _range(text: str) -> tuple[float, float]:
-    low, high = (float(part) for part in text.split(","))
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected two numbers, for instance 0.5,1") from None
     return low, high
 
 
@@ -120,12 +125,17 @@ def embeddings(args: argparse.Namespace) -> list[dict[str, Any]]:
         precision=args.precision,
         dtype=args.dtype,
     )
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no GPU here; leave it out, or give --device cpu.")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    refs = [ref for refs in args.teacher for ref in refs.split(",") if ref]
+    # All of them before work is spent on the first.
+    models = [load(ref) for ref in refs]
     rows = []
-    for name, ref in zip(teacher_names(args.teacher), args.teacher, strict=True):
-        model = load(ref, device=torch.device(device)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        for source, pairs in sources.items():
-            rows.append(one_cache(args, args.out / name / source, name, model, pairs, spec))
+    for name, model in zip(teacher_names(refs), models, strict=True):
+        model.to(torch.device(device), memory_format=torch.channels_last)  # type: ignore[call-overload]
+        rows += [one_cache(args, args.out / name / place, name, model, pairs, spec) for place, pairs in sources.items()]
+        model.cpu()
     return rows
 
 

@@ -57,6 +57,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(130) from None
     except BrokenPipeError:
         raise SystemExit(0) from None
+    except OSError as error:
+        place = error.filename or "A file"
+        print(
+            f"vlkd: {place} cannot be read or written ({error.strerror or error}); check the path, its rights and the "
+            "space on its disk, then run the same command again.",
+            file=sys.stderr,
+        )
+        raise SystemExit(2) from error
 
 
 if __name__ == "__main__":

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import inspect
 import json
+import textwrap
 from collections.abc import Sequence
 
 from vlkd import recipes
 
-EPILOG = """Settings are named section.key=value; `vlkd train RECIPE --settings` lists them with their values.
+EPILOG = """Settings are named section.key=value; `vlkd train RECIPE --settings` lists them with meaning and value.
 
 examples:
   vlkd train retriever data.train=shards/train data.val=shards/val train.samples=100000 out=runs/first
@@ -26,14 +29,16 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("recipe", help=f"a name ({', '.join(recipes.names('tasks'))}) or your own .py file")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="changes of its settings")
-    parser.add_argument("--settings", action="store_true", dest="show", help="list the settings and stop")
+    parser.add_argument(
+        "--settings", action="store_true", dest="show", help="list the settings, what they mean, and stop"
+    )
     parser.add_argument("--json", action="store_true", help="end with one line of strict JSON: the folder, the figures")
     args = parser.parse_args(argv)
     path = recipes.find("tasks", args.recipe)
     if args.show:
-        from vlkd.config import override, to_json
+        from vlkd.config import override
 
-        show(to_json(override(recipes.load(path).config(), args.settings)))
+        show(override(recipes.load(path).config(), args.settings))
         return
     import vlkd.models  # noqa: F401 - before anything imports torchvision
     from vlkd.engine.run import run_recipe
@@ -45,11 +50,32 @@ def main(argv: Sequence[str]) -> None:
         print(json.dumps({"command": "train", "out": str(folder), "results": rows}, allow_nan=False))
 
 
-def show(settings: dict[str, object], prefix: str = "") -> None:
-    """Print nested settings as assignments."""
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            show(value, f"{prefix}{key}.")
-        else:
-            words = ",".join(map(str, value)) if isinstance(value, list) else value
-            print(f"{prefix}{key}={words}")
+def show(settings: object, prefix: str = "") -> None:
+    """Print nested settings as assignments, each behind what it means."""
+    meanings = described(settings)
+    for field in dataclasses.fields(settings):  # type: ignore[arg-type]
+        value = getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            show(value, f"{prefix}{field.name}.")
+            continue
+        words = ",".join(map(str, value)) if isinstance(value, tuple) else value
+        print(textwrap.fill(meanings.get(field.name, ""), 110, initial_indent="# ", subsequent_indent="# "))
+        print(f"{prefix}{field.name}={words}\n")
+
+
+def described(settings: object) -> dict[str, str]:
+    """What the docstring of a settings class, and of those it inherits from, says of each setting."""
+    found: dict[str, str] = {}
+    for kind in reversed(type(settings).__mro__):
+        lines = inspect.cleandoc(kind.__doc__ or "").partition("Args:\n")[2].splitlines()
+        name = ""
+        for line in lines:
+            head, colon, text = line.strip().partition(": ")
+            if line.startswith("    ") and not line.startswith("     ") and colon:
+                name = head
+                found[name] = text
+            elif line.startswith("        ") and name:
+                found[name] += " " + line.strip()
+            else:
+                break
+    return found

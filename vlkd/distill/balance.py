@@ -120,5 +120,6 @@ def figures_of(
     if isinstance(weighting, GradientBalanced):
         moved = float(alpha @ lengths)
         solved = (cosines, alpha * lengths / moved) if weighting.normalised and moved else (gramian, alpha)
-        figures[f"residual/{name}"] = duality_gap(*solved, weighting.bound)
+        # Below this lies rounding alone.
+        figures[f"residual/{name}"] = round(max(0.0, duality_gap(*solved, weighting.bound)), 12)
     return figures

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ def finish(
     outcome: Outcome,
     teachers: dict[str, DualEncoderModule],
     pairs: Pairs,
+    bad: Sequence[str],
 ) -> None:
     """Export the student, evaluate it beside its teachers and `report.compare`, write results and report."""
     # Everything is evaluated where the compared models are loaded.
@@ -61,7 +62,8 @@ def finish(
                 head = outcome.heads[name].cpu()
                 assert isinstance(head, LinearHead)
                 mixed = with_text_of(student, ref, heads=(head,))
-                mixed.save(folder / f"student-with-text-of-{name}")
+                # Its golden embeddings notice when the lender is trained on.
+                mixed.save(folder / f"student-with-text-of-{name}", golden=True)
                 entries.append(Entry(role="student image, teacher text", name=name, model=mixed))
     if config.report.teachers:
         entries += [Entry(role="teacher", name=name, model=model.cpu()) for name, model in teachers.items()]
@@ -74,12 +76,14 @@ def finish(
     ]
     if rows:
         write_lines(folder / "results.jsonl", rows)
-    path = write_report(config, folder, evaluated, held_out, len(pairs))
+    path = write_report(config, folder, evaluated, held_out, len(pairs), bad)
     for row in rows:
         print(
             f"{source_name(row['data']):<20} {row['role']:<28} {row['name']:<40} hit@1 {100 * row['mean_hit@1']:5.1f}  "
             f"hit@10 {100 * row['mean_hit@10']:5.1f}"
         )
+    if bad:
+        print(f"left out: {len(bad)} images that cannot be decoded (first: {bad[0]})", flush=True)
     print(f"student: {folder / 'student'}\nreport: {path}", flush=True)
 
 

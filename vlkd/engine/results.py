@@ -76,6 +76,7 @@ def write_report(
     evaluated: Mapping[str, Sequence[Evaluated]],
     held_out: Mapping[str, Pairs],
     images: int,
+    bad: Sequence[str],
 ) -> Path:
     """Draw `report.html`: figures of all entries on each held-out set, curves, the student's best and worst queries.
 
@@ -85,8 +86,11 @@ def write_report(
         evaluated: per held-out set its entries, the student first.
         held_out: the sets.
         images: trained on.
+        bad: keys of those that could not be decoded.
     """
     notes = [f"Trained on {images} images, {config.train.samples} samples seen, seed {config.seed}."]
+    if bad:
+        notes.append(f"Left out, because they cannot be decoded: {len(bad)} images ({', '.join(bad[:5])}).")
     for place, items in evaluated.items():
         result = items[0].result
         notes.append(

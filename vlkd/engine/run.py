@@ -40,7 +40,7 @@ from vlkd.models.load import load
 from vlkd.models.self_check import self_check
 from vlkd.models.spec import build_composite
 from vlkd.models.tokenizer import train_tokenizer
-from vlkd.weighting import Fixed, Weighting, uniform_weights
+from vlkd.weighting import Fixed, Weighting, fixed_weights, uniform_weights
 
 CHECKED_PAIRS = 128
 HELD = frozenset({"image.embed", "text.embed"})
@@ -64,7 +64,10 @@ def run_recipe(recipe: ModuleType, assignments: Sequence[str]) -> Path:
     config: Run = settings_module.override(recipe.config(), assignments)
     if config.smoke:
         config = shrink_to_smoke(config)
+        print("smoke: drawn shapes, tiny models and untrained teachers stand in for data.*, model.* and teachers.refs.")
     folder = claim_folder(config)
+    if config.train.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("train.device=cuda: torch finds no GPU here; set train.device=auto or cpu.")
     accelerator = Accelerator(
         cpu=config.train.device == "cpu" or config.smoke,
         mixed_precision="bf16" if config.train.precision == "bf16" else "no",
@@ -102,7 +105,7 @@ def run_recipe(recipe: ModuleType, assignments: Sequence[str]) -> Path:
         lambda model: watched_figures(model, watched),
     )
     if accelerator.is_main_process:
-        finish(config, folder, outcome, teaching.models, pairs)
+        finish(config, folder, outcome, teaching.models, pairs, sorted(stream.bad))
     accelerator.end_training()
     return folder
 
@@ -117,7 +120,10 @@ def claim_folder(config: Run) -> Path:
     settings = settings_module.to_json(config)
     stored = folder / "config.json"
     # What stopped before its first step left nothing but its settings: a corrected command may have the folder.
-    begun = folder.is_dir() and any(path.name != "config.json" for path in folder.iterdir())
+    begun = folder.is_dir() and any(
+        path.name != "config.json" and not (path.name == "metrics.jsonl" and not path.stat().st_size)
+        for path in folder.iterdir()
+    )
     if stored.is_file() and begun:
         found = settings_module.differences(json.loads(stored.read_text()), json.loads(json.dumps(settings)))
         if found:
@@ -180,19 +186,17 @@ def weighting_of(recipe: ModuleType, config: Run) -> Weighting:
     if hasattr(recipe, "weighting"):
         weighting: Weighting = recipe.weighting(config)
         return weighting
-    return Fixed(config.teachers.weights or uniform_weights(max(1, len(config.teachers.refs))))
+    teachers = max(1, len(config.teachers.refs))
+    return Fixed(fixed_weights(config.teachers.weights or uniform_weights(teachers), teachers))
 
 
 def prepare_teachers(
     config: Run, terms: Sequence[Term], sources: Mapping[str, Pairs], pairs: Pairs, accelerator: Accelerator
 ) -> Teaching:
     """Load and check the teachers, and open their stored features; those that are missing are computed."""
-    models: dict[str, DualEncoderModule] = {}
+    models = load_teachers(config, pairs, accelerator)
     teaching: dict[str, Teacher] = {}
-    for name, ref in zip(config.teacher_names, config.teachers.refs, strict=True):
-        model = channels_last(load(ref, device=accelerator.device))
-        check_teacher(name, model, pairs)
-        models[name] = model
+    for name, model in models.items():
         want = wanted(terms, "teacher", name)
         if config.teachers.views:
             with accelerator.main_process_first():
@@ -204,6 +208,20 @@ def prepare_teachers(
             with accelerator.autocast():
                 teaching[name] = OnlineTeacher(name, model, text_features(name, model, pairs.texts(), texts))
     return Teaching(models=models, sources=teaching)
+
+
+def load_teachers(config: Run, pairs: Pairs, accelerator: Accelerator) -> dict[str, DualEncoderModule]:
+    """All teachers, checked, before any work is spent on one of them."""
+    models: dict[str, DualEncoderModule] = {}
+    seen: dict[str, str] = {}
+    for name, ref in zip(config.teacher_names, config.teachers.refs, strict=True):
+        models[name] = channels_last(load(ref, device=accelerator.device))
+        first = seen.setdefault(model_fingerprint(models[name]), ref)
+        if first != ref or config.teachers.refs.count(ref) > 1:
+            raise UserError(f"The teachers {first} and {ref} are the same model; name each one once in teachers.refs.")
+    for name, model in models.items():
+        check_teacher(name, model, pairs)
+    return models
 
 
 def check_teacher(name: str, model: DualEncoderModule, pairs: Pairs) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from vlkd.data.views import ViewSettings
+from vlkd.errors import UserError
 from vlkd.models.spec import CompositeSpec
 
 
@@ -53,6 +54,9 @@ class Teachers:
     batch_size: int = 64
     bank: int = 0
 
+    def __post_init__(self) -> None:
+        check_range("teachers", self, views=(0, None), batch_size=(1, None), bank=(0, None))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Student:
@@ -80,8 +84,9 @@ class Train:
         batch_size: of all ranks together.
         accumulate: parts in which each rank's batch passes the towers, to save memory; losses and teacher weights are
             those of the whole batch, at the price of a second forward pass (BatchNorm sees the parts).
-        lr: peak learning rate of AdamW, reached after `warmup` (a share of all steps), then a cosine to zero.
+        lr: peak learning rate of AdamW; behind it a cosine to zero.
         weight_decay: on matrices alone, never on biases, norms, embeddings of one dimension or the logit scale.
+        warmup: share of all steps in which the rate rises to its peak.
         clip: largest norm of the gradient; 0 does not clip.
         ema: decay of the averaged weights that are evaluated and exported; 0 keeps none.
         max_logit_scale: the logit scale is clamped to it after each step.
@@ -108,6 +113,11 @@ class Train:
     save_minutes: float = 5.0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     trackers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        counts = dict.fromkeys(("samples", "batch_size", "accumulate", "log_steps"), (1, None))
+        check_range("train", self, **counts, lr=(1e-12, None), weight_decay=(0, None), warmup=(0, 1), clip=(0, None))
+        check_range("train", self, ema=(0, 0.999999), max_logit_scale=(1e-6, None), eval_samples=(0, None))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,12 +162,37 @@ class Run:
         return teacher_names(self.teachers.refs)
 
 
+def check_range(section: str, settings: object, **ranges: tuple[float, float | None]) -> None:
+    """Raise `UserError` for the first setting outside its (lowest, highest); None has no limit."""
+    for name, (low, high) in ranges.items():
+        value = getattr(settings, name)
+        if not low <= value <= (float("inf") if high is None else high):
+            limit = "or more" if high is None else f"to {high:g}"
+            raise UserError(f"{section}.{name}={value}: expected {low:g} {limit}.")
+
+
 def teacher_names(refs: Sequence[str]) -> tuple[str, ...]:
-    """A short unique name per reference: its last part, of a run's `student` folder the run's."""
+    """A short name per reference, by which caches are found: it does not depend on the order.
+
+    The last part of the path, of a run's `student` folder the run's; as many parts in front of it as make it unique.
+    The same reference twice is numbered.
+    """
+    parts = [_name_parts(ref) for ref in refs]
+    depth = 1
+    while depth < max(map(len, parts), default=1) and len({tuple(one[-depth:]) for one in parts}) < len(set(refs)):
+        depth += 1
     names: list[str] = []
-    for ref in refs:
-        path = Path(ref.partition("@")[0])
-        last = path.parent.name if path.name == "student" else path.name
-        name = last.replace(":", "-").replace(".", "-") or "teacher"
-        names.append(name if name not in names else f"{name}-{len(names)}")
+    for one in parts:
+        clash = sum(one[-1] == other[-1] for other in parts) > 1
+        name = "-".join(one[-depth:] if clash else one[-1:]) or "teacher"
+        number = 1
+        while name in names:
+            name, number = f"{name.removesuffix(f'-{number - 1}')}-{number}", number + 1
+        names.append(name)
     return tuple(names)
+
+
+def _name_parts(ref: str) -> list[str]:
+    path = Path(ref.partition("@")[0])
+    path = path.parent if path.name == "student" and path.parent.name else path
+    return [part.replace(":", "-").replace(".", "-") for part in path.parts if part != "/"] or ["teacher"]

@@ -35,7 +35,7 @@ def backward_step(
     With several parts, the features of all parts are computed without a graph, compared together, and each part passes
     the towers again with the gradient of its features (GradCache, Gao et al., 2021, arXiv:2101.06983). Losses, teacher
     weights and gradients are those of the whole batch; the random draws of a part are replayed, and running statistics
-    are updated once.
+    forget once per step.
 
     Raises:
         UserError: a loss is not finite; the sentence names the term and the samples.
@@ -81,19 +81,20 @@ def _backward_in_parts(
     # Objectives may draw, too: the next step goes on behind their draws, not behind the replayed ones.
     behind = _random_state(accelerator.device)
     taken = dict.fromkeys(rows, 0)
-    for piece, generator in zip(pieces, generators, strict=True):
-        _set_random_state(generator, accelerator.device)
-        with accelerator.autocast():
-            features = distiller.student_features(piece)
-        outputs, gradients = [], []
-        for name in rows:
-            begin, taken[name] = taken[name], taken[name] + len(features[name])
-            gradient = leaves[name].grad
-            if gradient is not None and features[name].requires_grad:
-                outputs.append(features[name])
-                gradients.append(gradient[begin : taken[name]])
-        if outputs:
-            torch.autograd.backward(outputs, gradients)
+    with _statistics_of_one_update(distiller, len(pieces)):
+        for piece, generator in zip(pieces, generators, strict=True):
+            _set_random_state(generator, accelerator.device)
+            with accelerator.autocast():
+                features = distiller.student_features(piece)
+            outputs, gradients = [], []
+            for name in rows:
+                begin, taken[name] = taken[name], taken[name] + len(features[name])
+                gradient = leaves[name].grad
+                if gradient is not None and features[name].requires_grad:
+                    outputs.append(features[name])
+                    gradients.append(gradient[begin : taken[name]])
+            if outputs:
+                torch.autograd.backward(outputs, gradients)
     _set_random_state(behind, accelerator.device)
     return step
 
@@ -140,6 +141,23 @@ def _frozen_statistics(module: nn.Module) -> Iterator[None]:
     finally:
         for child in tracking:
             child.track_running_stats = True
+
+
+@contextmanager
+def _statistics_of_one_update(module: nn.Module, parts: int) -> Iterator[None]:
+    """Inside, `parts` updates of running statistics together forget as much as one update does outside."""
+    momenta = [
+        (child, child.momentum)
+        for child in module.modules()
+        if isinstance(child, nn.modules.batchnorm._BatchNorm) and child.momentum
+    ]
+    for child, momentum in momenta:
+        child.momentum = 1 - (1 - momentum) ** (1 / parts)
+    try:
+        yield
+    finally:
+        for child, momentum in momenta:
+            child.momentum = momentum
 
 
 def _random_state(device: torch.device) -> list[Tensor]:

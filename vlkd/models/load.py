@@ -42,6 +42,8 @@ def load_folder(ref: str, folder: Path) -> DualEncoderModule:
         model = load_composite(folder, name=ref)
         check_golden(model, folder)
         return model
+    if (folder / "student" / "model.json").is_file():
+        raise UserError(f"{ref!r} is a run's folder, expected a model; its model is {str(folder / 'student')!r}.")
     if (folder / "open_clip_config.json").is_file():
         from vlkd.models.via_open_clip import load_open_clip
 

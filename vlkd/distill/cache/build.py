@@ -123,22 +123,22 @@ def build_shards(
 
 
 def found_shard(path: Path, name: str, head: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The manifest's entry of a whole shard of this build, with `error`; None where none or half a one is there."""
+    """The manifest's entry of a whole shard of this build, with `error`; None where none or a damaged one is there."""
     if not path.is_file():
         return None
     try:
         with safe_open(str(path), "pt") as file:
             found = json.loads((file.metadata() or {})[METADATA])
+            if found["columns"] != columns_hash({key: file.get_tensor(key) for key in file.keys()}):  # noqa: SIM118
+                return None
             captions, unreadable = int(file.get_tensor("captions").sum()), int(file.get_tensor("readable").eq(0).sum())
     except (SafetensorError, KeyError, ValueError):
         return None
     if any(found[part] != head[part] for part in head):
-        phrases = differences(found["identity"], head["identity"])
+        phrases = differences(found["identity"], head["identity"], exact=True)
         if found["identity"] == head["identity"]:
             phrases = [f"from other data (the images of {path.name} have changed)"]
-        refuse(
-            name, path.parent, phrases or ["with other views, features, precision or dtype (found a cache half built)"]
-        )
+        refuse(name, path.parent, phrases)
     entry = {"file": path.name, "rows": len(found["keys"]), "captions": captions, "unreadable": unreadable}
     return entry | {"bytes": path.stat().st_size, "sha256": file_hash(path), "error": found["error"]}
 
@@ -149,9 +149,19 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def columns_hash(columns: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the columns' content, so that a build that is continued does not adopt a damaged shard."""
+    state = hashlib.sha256()
+    for name in sorted(columns):
+        state.update(name.encode())
+        state.update(columns[name].contiguous().flatten().view(torch.uint8).numpy().data)
+    return state.hexdigest()
+
+
 def write_shard(path: Path, columns: Mapping[str, Tensor], head: Mapping[str, Any]) -> None:
     """Write a shard whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    head = {**head, "columns": columns_hash(columns)}
     try:
         save_file(dict(columns), str(temporary), metadata={METADATA: json.dumps(head, allow_nan=False)})
         temporary.replace(path)

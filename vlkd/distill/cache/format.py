@@ -88,14 +88,22 @@ def identity(model: DualEncoderModule, spec: CacheSpec) -> dict[str, Any]:
     return dict(json.loads(json.dumps(found)))
 
 
-def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
-    """Why features of one identity cannot serve another, in words; more views, features or fidelity can."""
+def differences(found: Mapping[str, Any], expected: Mapping[str, Any], *, exact: bool = False) -> list[str]:
+    """Why features of one identity cannot serve another, in words.
+
+    More views, features or fidelity than expected can serve, unless `exact`: a build is continued with its own alone.
+    """
 
     def told(what: str, name: str) -> list[str]:
         return [f"{what} (found {found[name]}, expected {expected[name]})"] if found[name] != expected[name] else []
 
     phrases = told("with other weights", "weights")
     phrases += told("of other views", "settings") or told("of views drawn in another way", "drawn")
+    if exact:
+        names = {"count": "another number of views", "features": "other features"}
+        for name in ("count", "features", "precision", "dtype"):
+            phrases += told(f"with {names.get(name, f'another {name}')}", name)
+        return phrases
     if found["count"] < expected["count"]:
         phrases += [
             f"{phrase}, which teachers.views={found['count']} takes" for phrase in told("of fewer views", "count")

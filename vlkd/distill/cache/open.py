@@ -116,7 +116,7 @@ def verify_cache(
         if found != entry["sha256"]:
             raise UserError(
                 f"{path} of teacher {reader.name} has changed since it was written (sha256 {found[:12]}, expected "
-                f"{entry['sha256'][:12]}); remove it and {MANIFEST}, and the same command makes it again."
+                f"{entry['sha256'][:12]}); remove it and {MANIFEST}: the same command without --verify makes it again."
             )
     draw = np.random.default_rng(seed)
     readable = np.setdiff1d(np.arange(len(reader)), reader.unreadable_rows())
