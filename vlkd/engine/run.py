@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import itertools
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
@@ -16,43 +12,26 @@ from types import ModuleType
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
-from torch import Tensor
 
 from vlkd import config as settings_module
 from vlkd.data.decoded import Decoded
-from vlkd.data.images import BadImage
 from vlkd.data.loader import BatchStream, Consumer, SampleSequence
 from vlkd.data.sources import Pairs, open_pairs, open_sources, source_name, union
-from vlkd.distill.cache import CacheSpec, ensure_cache
-from vlkd.distill.distiller import Distiller, first_of_each
-from vlkd.distill.teachers import CachedTeacher, OnlineTeacher, Teacher, text_features
+from vlkd.distill.distiller import Distiller
+from vlkd.distill.teachers import CachedTeacher
 from vlkd.distill.term import Term, wanted
 from vlkd.engine.distributed import gather_rows
 from vlkd.engine.finish import finish, watched_figures
 from vlkd.engine.loop import train
 from vlkd.engine.settings import Run
 from vlkd.engine.smoke import shrink_to_smoke
+from vlkd.engine.teaching import Teaching, class_vector_banks, frozen_towers, prepare_teachers
 from vlkd.errors import UserError
-from vlkd.models.base import DualEncoderModule
-from vlkd.models.composite import load_composite, tower_names
-from vlkd.models.fingerprint import model_fingerprint
-from vlkd.models.load import load
-from vlkd.models.self_check import self_check
+from vlkd.models.base import DualEncoderModule, channels_last
+from vlkd.models.composite import load_composite
 from vlkd.models.spec import build_composite
 from vlkd.models.tokenizer import train_tokenizer
 from vlkd.weighting import Fixed, Weighting, fixed_weights, uniform_weights
-
-CHECKED_PAIRS = 128
-HELD = frozenset({"image.embed", "text.embed"})
-"""Stored of every teacher, so that one pass over the data serves runs with other terms."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Teaching:
-    """The loaded teachers, and the sources of their targets."""
-
-    models: dict[str, DualEncoderModule]
-    sources: dict[str, Teacher]
 
 
 def run_recipe(recipe: ModuleType, assignments: Sequence[str]) -> Path:
@@ -166,11 +145,6 @@ def build_student(config: Run, pairs: Pairs, folder: Path) -> DualEncoderModule:
     return model
 
 
-def channels_last(model: DualEncoderModule) -> DualEncoderModule:
-    """The model in the layout in which the CPU's bf16 convolutions are about twice as fast, and no others slower."""
-    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
-
-
 def check_names(config: Run) -> None:
     """Raise `UserError` where two sources of one kind would have the same short name in caches and tables."""
     for kind in ("train", "val", "test"):
@@ -188,126 +162,6 @@ def weighting_of(recipe: ModuleType, config: Run) -> Weighting:
         return weighting
     teachers = max(1, len(config.teachers.refs))
     return Fixed(fixed_weights(config.teachers.weights or uniform_weights(teachers), teachers))
-
-
-def prepare_teachers(
-    config: Run, terms: Sequence[Term], sources: Mapping[str, Pairs], pairs: Pairs, accelerator: Accelerator
-) -> Teaching:
-    """Load and check the teachers, and open their stored features; those that are missing are computed."""
-    models = load_teachers(config, pairs, accelerator)
-    teaching: dict[str, Teacher] = {}
-    for name, model in models.items():
-        want = wanted(terms, "teacher", name)
-        if config.teachers.views:
-            with accelerator.main_process_first():
-                teaching[name] = cached_teacher(config, name, model, sources, want | HELD)
-            # It runs again in the final evaluation alone.
-            model.cpu()
-        else:
-            texts = {feature for feature in want if feature.startswith("text.")}
-            with accelerator.autocast():
-                teaching[name] = OnlineTeacher(name, model, text_features(name, model, pairs.texts(), texts))
-    return Teaching(models=models, sources=teaching)
-
-
-def load_teachers(config: Run, pairs: Pairs, accelerator: Accelerator) -> dict[str, DualEncoderModule]:
-    """All teachers, checked, before any work is spent on one of them."""
-    models: dict[str, DualEncoderModule] = {}
-    seen: dict[str, str] = {}
-    for name, ref in zip(config.teacher_names, config.teachers.refs, strict=True):
-        models[name] = channels_last(load(ref, device=accelerator.device))
-        first = seen.setdefault(model_fingerprint(models[name]), ref)
-        if first != ref or config.teachers.refs.count(ref) > 1:
-            raise UserError(f"The teachers {first} and {ref} are the same model; name each one once in teachers.refs.")
-    for name, model in models.items():
-        check_teacher(name, model, pairs)
-    return models
-
-
-def check_teacher(name: str, model: DualEncoderModule, pairs: Pairs) -> None:
-    """Refuse a teacher whose preprocessing, outputs or image-text pairing are broken, before the first step."""
-    rows = [i for i, captions in enumerate(pairs.captions) if captions]
-    images, captions = [], []
-    for row in rows[:: max(1, len(rows) // CHECKED_PAIRS)][:CHECKED_PAIRS]:
-        # The data's own limit on pictures that cannot be decoded is kept elsewhere.
-        with contextlib.suppress(BadImage):
-            images.append(pairs.image(row))
-            captions.append(pairs.captions[row][0])
-    if not images:
-        raise UserError(
-            f"Teacher {name} cannot be checked: no readable training image has a caption; add captioned data."
-        )
-    report = self_check(model, images, captions)
-    print(f"teacher {name}: paired captions stand out by z = {report.z:.1f} on {report.pairs} pairs", flush=True)
-    for warning in report.warnings:
-        print(f"warning: {warning}", flush=True)
-
-
-def cached_teacher(
-    config: Run, name: str, model: DualEncoderModule, sources: Mapping[str, Pairs], want: frozenset[str]
-) -> CachedTeacher:
-    """A model's features of K views of the training data, one cache per source."""
-    spec = CacheSpec(
-        features=tuple(sorted(feature for feature in want if not feature.startswith("logit_"))),
-        views=config.teachers.views,
-        view_settings=config.views,
-        precision=config.train.precision,
-        dtype=config.teachers.dtype,
-    )
-    readers = [
-        ensure_cache(
-            Path(config.teachers.folder) / name / source_name(ref),
-            name,
-            model,
-            source,
-            spec,
-            workers=config.data.workers,
-            batch_size=config.teachers.batch_size,
-        )
-        for ref, source in sources.items()
-    ]
-    return CachedTeacher(name, model.width, readers)
-
-
-def frozen_towers(
-    config: Run,
-    student: DualEncoderModule,
-    terms: Sequence[Term],
-    sources: Mapping[str, Pairs],
-    accelerator: Accelerator,
-) -> CachedTeacher | None:
-    """The features of frozen student towers, so that only projections run in training."""
-    if not config.student.frozen_towers:
-        return None
-    if not config.teachers.views:
-        raise UserError("student.frozen_towers=true stores tower features; set teachers.views to 1 or more.")
-    features = tower_names(wanted(terms, "student"))
-    # Other towers or other features have a folder of their own: runs with and without a term share what they can.
-    which = hashlib.sha256(repr((model_fingerprint(student, towers=True), sorted(features))).encode()).hexdigest()[:8]
-    name = f"towers-{Path(config.model.image).name}-{which}"
-    with accelerator.main_process_first():
-        return cached_teacher(config, name, student.to(accelerator.device), sources, features)
-
-
-def class_vector_banks(
-    config: Run, sequence: SampleSequence, teaching: Teaching, accelerator: Accelerator
-) -> dict[str, dict[str, Tensor]]:
-    """Per teacher its vectors of the captions and images that come first in the first epoch; none without a bank."""
-    banks: dict[str, dict[str, Tensor]] = {}
-    if not config.teachers.bank:
-        return banks
-    captioned = (p for p in range(len(sequence.pairs)) if sequence.pairs.captions[sequence.row_and_view(p)[0]])
-    positions = list(itertools.islice(captioned, config.teachers.bank))
-    batches = [
-        sequence.collate([sequence[p] for p in positions[start : start + config.teachers.batch_size]])
-        for start in range(0, len(positions), config.teachers.batch_size)
-    ]
-    ids = torch.cat([batch.caption_ids for batch in batches])
-    for name, teacher in teaching.sources.items():
-        found = [teacher.targets(batch.to(accelerator.device), ("image.embed", "text.embed")) for batch in batches]
-        images, texts = (torch.cat([part[key] for part in found]) for key in ("image.embed", "text.embed"))
-        banks[name] = {"image.embed": images, "text.embed": texts[first_of_each(ids).to(texts.device)]}
-    return banks
 
 
 def open_stream(

@@ -159,3 +159,8 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for child, training in modes:
             child.training = training
+
+
+def channels_last(model: DualEncoderModule) -> DualEncoderModule:
+    """The model in the layout in which the CPU's bf16 convolutions are about twice as fast, and no others slower."""
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
