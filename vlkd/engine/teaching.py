@@ -155,7 +155,8 @@ def class_vector_banks(
     ]
     ids = torch.cat([batch.caption_ids for batch in batches])
     for name, teacher in teaching.sources.items():
-        found = [teacher.targets(batch.to(accelerator.device), ("image.embed", "text.embed")) for batch in batches]
+        with accelerator.autocast():
+            found = [teacher.targets(batch.to(accelerator.device), ("image.embed", "text.embed")) for batch in batches]
         images, texts = (torch.cat([part[key] for part in found]) for key in ("image.embed", "text.embed"))
         banks[name] = {"image.embed": images, "text.embed": texts[first_of_each(ids).to(texts.device)]}
     return banks
