@@ -180,11 +180,11 @@ def figures(reader: CacheReader) -> dict[str, Any]:
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
-    """One line per cache; the error is the largest cosine distance of any feature to its float32 value."""
+    """One line per cache; the error of storage is the largest |stored - float32| / |float32| of a row of any feature."""
     headers = ("teacher", "source", "images", "unreadable", "views", "MB", "bytes/image", "error", "views/s")
     table = [headers]
     for row in rows:
-        error = max((values["max_cosine_distance"] for values in row["error"].values()), default=0.0)
+        error = max((values["max_relative_l2"] for values in row["error"].values()), default=0.0)
         rate = row["views_per_second"]
         table.append(
             (
