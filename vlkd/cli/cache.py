@@ -180,7 +180,7 @@ def figures(reader: CacheReader) -> dict[str, Any]:
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
-    """One line per cache; the error of storage is the largest |stored - float32| / |float32| of a row of any feature."""
+    """One line per cache; the error is the largest |stored - float32| / |float32| of a row of any feature."""
     headers = ("teacher", "source", "images", "unreadable", "views", "MB", "bytes/image", "error", "views/s")
     table = [headers]
     for row in rows:
