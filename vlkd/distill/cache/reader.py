@@ -166,9 +166,14 @@ class CacheReader:
         for name in sorted(self.features):
             if name.endswith(".embed"):
                 image = name.startswith("image.")
-                check_embeddings(
-                    self.name, {name: self.image(name, rows, views) if image else self.text(name, captions)}
-                )
+                stored = self.image(name, rows, views) if image else self.text(name, captions)
+                try:
+                    check_embeddings(self.name, {name: stored})
+                except UserError as error:
+                    raise UserError(
+                        f"{self.folder}: {error} If it is sound, the cache is damaged: see `vlkd cache embeddings` "
+                        "with --verify."
+                    ) from None
 
     def _readable(self) -> Tensor:
         return self._gather("readable", self.join.row_shard, self.join.row_place)
