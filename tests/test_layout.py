@@ -7,6 +7,7 @@ import graphlib
 import re
 import subprocess
 import sys
+import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -200,3 +201,9 @@ def test_ls_reads_docstrings_without_importing():
             summary = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n")[0]
             assert re.search(rf"^  {path.stem} +{re.escape(summary)}$", done.stdout, flags=re.MULTILINE)
             assert summary
+
+
+def test_every_folder_of_the_library_is_packaged():
+    claimed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    folders = {".".join(path.parent.relative_to(ROOT).parts) for path in PACKAGE.rglob("__init__.py")}
+    assert folders == {name for name in claimed if not name.startswith("vlkd._shipped.")}
