@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -119,6 +120,44 @@ def test_cached_and_online_teachers_give_the_same_losses(bank, tmp_path):
         for name in names:
             assert single[name] == pytest.approx(online[name], abs=1e-4), name
             assert half[name] == pytest.approx(online[name], rel=1e-3, abs=1e-4), name
+
+
+def test_two_ranks_train_as_one(tmp_path):
+    """The whole command under torchrun, cache and all, logs the losses and teacher weights of one process."""
+    main(["train", "ammkd", "smoke=true", "teachers.refs=first,second", f"out={tmp_path / 'run'}"])
+    place = tmp_path / "run-smoke-data"
+    words = [
+        "train", "ammkd", f"data.train={place}/train", f"data.val={place}/val", "teachers.views=2",
+        f"teachers.refs={place}/teacher0,{place}/teacher1", "model.image=test_vit", "model.image_size=32",
+        'model.image_kwargs={"img_size":32}', "model.text_width=32", "model.text_layers=1", "model.text_heads=2",
+        "model.width=16", "train.samples=96", "train.batch_size=16", "train.device=cpu", "train.log_steps=1",
+        "method.bound=1", "report.teachers=false",
+    ]  # fmt: skip
+    main([*words, f"teachers.folder={tmp_path / 'c1'}", f"out={tmp_path / 'one'}"])
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "-m",
+        "vlkd.cli.main",
+    ]
+    again = [*words, f"teachers.folder={tmp_path / 'c2'}", f"out={tmp_path / 'two'}"]
+    done = subprocess.run(
+        [*launch, *again], capture_output=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    one, two = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    assert len(one) == len(two) == 7
+    for expected, found in zip(one, two, strict=True):
+        for name in expected.keys() - {"samples_per_second"}:
+            assert found[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-4), name
+    weights = [row["weight/image/teacher0"] for row in one if "loss" in row]
+    assert max(weights) - min(weights) > 0.05
 
 
 def test_an_exported_teacher_holds_nothing_of_the_fusion_network(tmp_path):

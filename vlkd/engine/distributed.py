@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+
+class _AllGather(torch.autograd.Function):
+    """Equal tensors of all ranks; each rank's gradient is the sum over the ranks' losses."""
+
+    @staticmethod
+    def forward(_: Any, own: Tensor) -> tuple[Tensor, ...]:
+        received = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(received, own.contiguous())
+        return tuple(received)
+
+    @staticmethod
+    def backward(_: Any, *gradients: Tensor) -> Tensor:
+        total = torch.stack(gradients)
+        dist.all_reduce(total)
+        return total[dist.get_rank()]
 
 
 def gather_rows(rows: Tensor) -> Tensor:
@@ -21,9 +39,7 @@ def gather_rows(rows: Tensor) -> Tensor:
     sizes = [int(count) for count in counts]
     padded = torch.cat([rows, rows.new_zeros(max(sizes) - len(rows), *rows.shape[1:])])
     if padded.is_floating_point():
-        from torch.distributed.nn.functional import all_gather
-
-        parts = all_gather(padded)  # type: ignore[no-untyped-call]
+        parts = list(_AllGather.apply(padded))  # type: ignore[no-untyped-call]
     else:
         wire = padded.to(torch.uint8) if padded.dtype == torch.bool else padded
         received = [torch.empty_like(wire) for _ in range(world_size)]
