@@ -41,20 +41,24 @@ def run_recipe(recipe: ModuleType, assignments: Sequence[str]) -> Path:
         UserError: a setting, a path, a model or the data are not as expected.
     """
     config: Run = settings_module.override(recipe.config(), assignments)
-    if config.smoke:
-        config = shrink_to_smoke(config)
-        print("smoke: drawn shapes, tiny models and untrained teachers stand in for data.*, model.* and teachers.refs.")
-    folder = claim_folder(config)
     if config.train.device == "cuda" and not torch.cuda.is_available():
         raise UserError("train.device=cuda: torch finds no GPU here; set train.device=auto or cpu.")
     accelerator = Accelerator(
         cpu=config.train.device == "cpu" or config.smoke,
-        mixed_precision="bf16" if config.train.precision == "bf16" else "no",
+        mixed_precision="bf16" if config.train.precision == "bf16" and not config.smoke else "no",
         log_with=list(config.train.trackers) or None,
         # Ranks wait while the first one fills the teacher cache.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
-        project_dir=str(folder),
+        project_dir=config.out,
     )
+    # Otherwise a rank would find files that another one is just writing.
+    with accelerator.main_process_first():
+        if config.smoke:
+            config = shrink_to_smoke(config)
+            accelerator.print(
+                "smoke: drawn shapes, tiny models and untrained teachers stand in for data.*, model.*, teachers.refs."
+            )
+        folder = claim_folder(config)
     if config.train.trackers:
         accelerator.init_trackers("vlkd")
     # Objectives may bring weights of their own.
