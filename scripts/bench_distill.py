@@ -20,9 +20,8 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,6 +29,8 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 import vlkd.models  # noqa: F401 - before anything imports torchvision
+from vlkd import recipes
+from vlkd.config import override
 from vlkd.data.loader import Batch, BatchStream, Consumer, SampleSequence
 from vlkd.data.scenes import generate_scenes
 from vlkd.data.shards import write_shards
@@ -43,7 +44,6 @@ from vlkd.engine.step import backward_step
 from vlkd.models.composite import CompositeModel
 from vlkd.models.spec import CompositeSpec, build_composite
 from vlkd.models.tokenizer import CompactTokenizer, train_tokenizer
-from vlkd.objectives import class_kl, info_nce
 from vlkd.weighting import Fixed, GradientBalanced, Weighting
 
 STUDENT = CompositeSpec(
@@ -58,12 +58,6 @@ STUDENT = CompositeSpec(
 TEACHER = CompositeSpec(image="tf_efficientnet_lite0", image_size=224, text_width=384, text_layers=6, text_heads=6)
 NAMES = ("t0", "t1")
 WANT = ("image.embed", "text.embed", "logit_scale")
-CONTRASTIVE = Term(
-    name="contrastive",
-    objective=info_nce,
-    features=("student.image.embed", "student.text.embed", "student.logit_scale"),
-    match=True,
-)
 ALONE, UNIFORM, BALANCED, ONLINE = "student alone", "cached, uniform", "cached, balanced", "open_clip, online"
 TEACHERS, BUILD = "bare teachers on batches", "cache build"
 PASS = "bare teacher with decoding"
@@ -141,9 +135,11 @@ class Bench:
 
     def steps(self) -> dict[str, Callable[[], int]]:
         """The rows that train, and the teachers alone on the same batches."""
-        terms = [CONTRASTIVE, *(term for name in NAMES for term in class_terms(name))]
+        recipe = recipes.load(recipes.find("tasks", "ammkd"))
+        terms = recipe.terms(override(recipe.config(), [f"teachers.refs={','.join(NAMES)}"]))
+        alone = [term for term in terms if not term.teacher]
         return {
-            ALONE: self.engine_step([CONTRASTIVE], {}, Fixed([1.0])),
+            ALONE: self.engine_step(alone, {}, Fixed([1.0])),
             UNIFORM: self.engine_step(terms, self.cached, Fixed([0.5, 0.5])),
             BALANCED: self.engine_step(terms, self.cached, GradientBalanced(0.6)),
             ONLINE: self.open_clip_step(),
@@ -166,7 +162,7 @@ class Bench:
         return iter(BatchStream(sequence, batch_size=self.args.batch_size, samples=10**9))
 
     def engine_step(
-        self, terms: list[Term], teachers: dict[str, CachedTeacher], weighting: Weighting
+        self, terms: Sequence[Term], teachers: dict[str, CachedTeacher], weighting: Weighting
     ) -> Callable[[], int]:
         """One step as the engine does it."""
         distiller = Distiller(self.new_student(), terms, teachers).train()
@@ -255,24 +251,6 @@ class _Views:
     def __getitem__(self, i: int) -> torch.Tensor:
         image = self.pairs.image(i, size_hint=2 * max(self.transform.image_size))
         return self.transform.view_transform(geometry(image, view_of(ViewSettings(), 0, self.pairs.keys[i], 0)))
-
-
-def class_terms(teacher: str) -> list[Term]:
-    """AMMKD's terms of one teacher."""
-    return [
-        Term(
-            name=f"{teacher}/{side}",
-            objective=partial(class_kl, tau=2.0),
-            features=(
-                f"projected.{side}.embed",
-                f"teacher.{side}.embed",
-                f"classes.{other}.embed",
-                "teacher.logit_scale",
-            ),
-            teacher=teacher,
-        )
-        for side, other in (("image", "text"), ("text", "image"))
-    ]
 
 
 def channels_last(model: CompositeModel) -> CompositeModel:
