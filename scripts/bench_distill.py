@@ -31,7 +31,8 @@ from torch.utils.data import DataLoader
 import vlkd.models  # noqa: F401 - before anything imports torchvision
 from vlkd import recipes
 from vlkd.config import override
-from vlkd.data.loader import Batch, BatchStream, Consumer, SampleSequence
+from vlkd.data.loader import BatchStream
+from vlkd.data.samples import Batch, Consumer, SampleSequence
 from vlkd.data.scenes import generate_scenes
 from vlkd.data.shards import write_shards
 from vlkd.data.sources import Pairs, open_pairs

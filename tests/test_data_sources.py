@@ -12,7 +12,7 @@ from helpers.pairs import noise, picture_pairs
 from vlkd.data.prepare import encode_picture
 from vlkd.data.records import read_captions_file, read_karpathy, record_keys
 from vlkd.data.shard_writer import RawSample, is_safe_key, write_shards
-from vlkd.data.sources import open_pairs, open_sources, open_union, source_name, union
+from vlkd.data.sources import Pairs, open_pairs, open_sources, open_union, source_name, union
 from vlkd.errors import UserError
 
 LISTED = {"a": (("one", "two"), "train"), "b": (("three",), "val"), "c": ((), "train")}
@@ -204,15 +204,25 @@ def test_the_name_does_not_depend_on_the_folder_from_which_one_looks(tmp_path, m
     assert source_name("train") == source_name(str(tmp_path / "coco" / "train")) == "coco-train"
 
 
-def test_rows_have_fingerprints_of_their_own(tmp_path):
+def states(pairs: Pairs) -> list[str]:
+    return [pairs.row_state(row) for row in range(len(pairs))]
+
+
+def test_rows_have_states_of_their_own(tmp_path):
     first = picture_pairs(tmp_path / "a", [["x"], ["y"], ["y"]])
-    found = first.row_fingerprints()
+    found = states(first)
     assert len(set(found)) == 3
-    assert picture_pairs(tmp_path / "b", [["x"], ["y"], ["z"]]).row_fingerprints()[:2] == found[:2]
-    assert picture_pairs(tmp_path / "b", [["x"], ["y"], ["z"]]).row_fingerprints()[2] != found[2]
+    assert states(picture_pairs(tmp_path / "b", [["x"], ["y"], ["z"]]))[:2] == found[:2]
+    assert states(picture_pairs(tmp_path / "b", [["x"], ["y"], ["z"]]))[2] != found[2]
     (tmp_path / "a" / "p1.png").write_bytes(b"other")
-    changed = first.row_fingerprints()
-    assert [old == new for old, new in zip(found, changed, strict=True)] == [True, False, True]
+    assert [old == new for old, new in zip(found, states(first), strict=True)] == [True, False, True]
+
+
+def test_a_table_counts_its_captions(tmp_path):
+    pairs = picture_pairs(tmp_path, [["x", "y"], [], ["z"], ["u", "v", "w"]])
+    assert (pairs.captioned, pairs.caption_total, pairs.most_captions, pairs.sizes()) == (3, 6, 3, [4])
+    assert [pairs.texts()[pairs.first_text(row)] for row in (0, 2, 3)] == ["x", "z", "u"]
+    assert [(part.name, part.rows, part.captions, part.sha256) for part in pairs.parts()] == [("", 4, 6, "")]
 
 
 def test_fingerprint_follows_captions_keys_and_bytes(tmp_path):

@@ -335,7 +335,7 @@ def test_broken_folders_are_refused(pairs, model, tmp_path, small):
 
     for changed, sentence in (
         ("{", "is no manifest of a teacher cache"),
-        (text.replace('"version": 1', '"version": 2'), r"in another format version \(found 2, expected 1\)"),
+        (text.replace('"version": 2', '"version": 1'), r"in another format version \(found 1, expected 2\)"),
         (text.replace("rows.001", "../c/rows.001"), "is no manifest|another format"),
     ):
         manifest.write_text(changed)

@@ -12,7 +12,7 @@ from helpers.pairs import noise, picture_pairs
 from helpers.tiny_models import CAPTIONS, tiny_composite
 from PIL import Image
 
-from vlkd.data.loader import Consumer, SampleSequence
+from vlkd.data.samples import Consumer, SampleSequence
 from vlkd.data.sources import ImageFile, Pairs, union
 from vlkd.data.views import ViewSettings
 from vlkd.distill.cache import CacheSpec, ensure_cache

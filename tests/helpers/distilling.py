@@ -9,7 +9,7 @@ import torch
 from helpers.tiny_models import CAPTIONS, tiny_composite, tiny_tokenizer
 from torch import nn
 
-from vlkd.data.loader import Batch, Consumer, SampleSequence
+from vlkd.data.samples import Batch, Consumer, SampleSequence
 from vlkd.data.sources import Pairs
 from vlkd.data.views import ViewSettings
 from vlkd.distill.term import Term
@@ -137,5 +137,5 @@ def sequence_of(
 
 def batch_of(sequence: SampleSequence, rows: Sequence[int]) -> Batch:
     """The batch of these rows of the table, in the first epoch."""
-    position = {sequence.row_and_view(number)[0]: number for number in range(len(sequence.pairs))}
+    position = {sequence.row_and_view(number)[0]: number for number in range(len(sequence.table))}
     return sequence.collate([sequence[position[row]] for row in rows])

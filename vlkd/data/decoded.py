@@ -9,7 +9,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from vlkd.data.images import BadImage
-from vlkd.data.sources import Pairs
+from vlkd.data.table import Table
 
 
 class Decoded:
@@ -20,7 +20,7 @@ class Decoded:
         short_side: pixels to which larger images are reduced.
     """
 
-    def __init__(self, pairs: Pairs, short_side: int) -> None:
+    def __init__(self, pairs: Table, short_side: int) -> None:
         self.arrays: list[np.ndarray[Any, np.dtype[np.uint8]] | None] = []
         for i in tqdm(range(len(pairs)), desc="decoding", unit="image"):
             try:

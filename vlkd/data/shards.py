@@ -13,7 +13,7 @@ import os
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,7 @@ __all__ = [
     "ShardIndex",
     "captions_of",
     "index_shard",
+    "join_captions",
     "parse_captions",
     "read_captions",
     "read_member",
@@ -38,7 +39,10 @@ __all__ = [
 TEXT_EXTENSIONS = ("json", "txt")
 MAX_TEXT_BYTES = 1_000_000
 MAX_IMAGE_BYTES = 100_000_000
+MAX_CAPTIONS = 1000
+"""Of one sample, in a scan: batches make room for the most that any sample has."""
 _MAX_HEADER_BYTES = 1_000_000
+_MAX_NAME_BYTES = 4096
 _BLOCK = 512
 
 
@@ -64,10 +68,11 @@ class IndexedSample:
 class Problem:
     """Something a shard should not hold.
 
-    Kinds: `refused` (a member: link, device, path outside, too large), `duplicate` (a key that comes back, or a member
-    twice; the samples are dropped), `images` (several in one sample; dropped), `no-image` (dropped), `half` (the last
-    sample of a cut tar; dropped), `truncated` (data or header cut), `no-end` (end-of-archive blocks missing),
-    `damaged` (an unreadable header: the rest of the shard is lost), `trailing` (data after the end of the archive).
+    Kinds: `refused` (a member: link, device, path outside, name that is no UTF-8, too large), `duplicate` (a key that
+    comes back, or a member twice; the samples are dropped), `images` (several in one sample; dropped), `no-image`
+    (dropped), `captions` (unreadable ones, found by the scan; dropped), `half` (the last sample of a cut tar; dropped),
+    `truncated` (data or header cut), `no-end` (end-of-archive blocks missing), `damaged` (an unreadable header: the
+    rest of the shard is lost), `trailing` (data after the end of the archive).
     """
 
     kind: str
@@ -93,11 +98,21 @@ class ShardIndex:
 
 
 class _HeaderReader(io.FileIO):
-    """A file whose single reads are bounded: tarfile reads whatever size an extended header claims."""
+    """A file of which little is read between two `renew()`: tarfile reads whatever an extended header claims.
+
+    Some headers claim it in one read, others (the maps of sparse files) in as many small ones.
+    """
+
+    left = _MAX_HEADER_BYTES
+
+    def renew(self) -> None:
+        """Allow as much again, for the next member."""
+        self.left = _MAX_HEADER_BYTES
 
     def read(self, size: int | None = -1, /) -> bytes:
-        if size is None or not 0 <= size <= _MAX_HEADER_BYTES:
+        if size is None or not 0 <= size <= self.left:
             raise tarfile.ReadError(f"a header claims {size} bytes")
+        self.left -= size
         return super().read(size) or b""
 
 
@@ -130,9 +145,10 @@ def _members(stream: _HeaderReader, size: int, problems: list[Problem]) -> Itera
     with tarfile.open(fileobj=stream, mode="r:") as tar:
         end = -1
         while True:
+            stream.renew()
             try:
                 member = tar.next()
-            except (tarfile.TarError, ValueError, OverflowError) as error:
+            except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
                 kind = "truncated" if tar.offset >= size else "damaged"
                 problems.append(Problem(kind=kind, name=f"the header at byte {tar.offset} ({error})"))
                 return
@@ -154,6 +170,7 @@ def _members(stream: _HeaderReader, size: int, problems: list[Problem]) -> Itera
 
 def _end_problem(stream: _HeaderReader, offset: int, size: int) -> Problem | None:
     stream.seek(offset)
+    stream.renew()
     block = stream.read(2 * _BLOCK)
     if any(block[:_BLOCK]):
         kind = "truncated" if len(block) < _BLOCK else "damaged"
@@ -163,6 +180,7 @@ def _end_problem(stream: _HeaderReader, offset: int, size: int) -> Problem | Non
     while block:
         if any(block):
             return Problem(kind="trailing", name=f"data after the end of the archive at byte {offset}")
+        stream.renew()
         block = stream.read(_MAX_HEADER_BYTES)
     return None
 
@@ -176,6 +194,10 @@ def _add_member(member: tarfile.TarInfo, groups: list[tuple[str, list[Member]]],
     if member.name.startswith("/") or ".." in member.name.split("/"):
         problems.append(Problem(kind="refused", name=f"{member.name} leaves the archive"))
         return
+    if not _is_text(member.name):
+        name = ascii(member.name[:100])
+        problems.append(Problem(kind="refused", name=f"{name} is no UTF-8 name of at most {_MAX_NAME_BYTES} bytes"))
+        return
     match = re.fullmatch(r"((?:.*/)?[^./]+)\.([^/]*)", member.name, flags=re.DOTALL)
     if match is None or re.match(r"__[^/]*__($|/)", member.name):
         return
@@ -187,6 +209,14 @@ def _add_member(member: tarfile.TarInfo, groups: list[tuple[str, list[Member]]],
         problems.append(Problem(kind="refused", name=f"{member.name} has {member.size} bytes, more than {limit}"))
         return
     groups[-1][1].append(Member(offset=member.offset_data, size=member.size, extension=extension))
+
+
+def _is_text(name: str) -> bool:
+    """Tarfile spells the bytes of a name that are no UTF-8 as halves of surrogate pairs."""
+    try:
+        return len(name.encode()) <= _MAX_NAME_BYTES
+    except UnicodeEncodeError:
+        return False
 
 
 def _drop_half_sample(groups: list[tuple[str, list[Member]]], problems: list[Problem]) -> None:
@@ -225,15 +255,20 @@ def read_member(path: Path, offset: int, size: int) -> bytes:
 
 def read_captions(path: Path, sample: IndexedSample) -> tuple[str, ...]:
     """All captions of a sample, those of its JSON member first, equal strings once; () when it has none."""
-    texts = sorted(sample.texts, key=lambda member: TEXT_EXTENSIONS.index(member.extension))
     try:
-        found = [
-            caption
-            for text in texts
-            for caption in parse_captions(read_member(path, text.offset, text.size), text.extension)
-        ]
+        return join_captions((text.extension, read_member(path, text.offset, text.size)) for text in sample.texts)
     except UserError as error:
         raise UserError(f"{path}, sample {sample.key}: {error}") from None
+
+
+def join_captions(texts: Iterable[tuple[str, bytes]]) -> tuple[str, ...]:
+    """All captions of a sample's caption members (extension, bytes), those of JSON first, equal strings once.
+
+    Raises:
+        UserError: as `parse_captions`.
+    """
+    ordered = sorted(texts, key=lambda text: TEXT_EXTENSIONS.index(text[0]))
+    found = [caption for extension, data in ordered for caption in parse_captions(data, extension)]
     return tuple(dict.fromkeys(found))
 
 
@@ -251,7 +286,9 @@ def parse_captions(data: bytes, extension: str) -> tuple[str, ...]:
         captions = text.splitlines() if extension == "txt" else captions_of(json.loads(text))
         for caption in captions:
             caption.encode()  # JSON escapes can spell half a surrogate pair, which no tokenizer takes.
-    except (UnicodeError, json.JSONDecodeError, RecursionError) as error:
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:  # UTF-8, JSON, and integers of more digits than Python reads
         raise UserError(f"captions that are no UTF-8 {extension} ({error}).") from None
     return tuple(caption.strip() for caption in captions if caption.strip())
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL.Image import Image
 
 from vlkd.data.images import open_image
 from vlkd.data.records import Record, read_captions_file, read_karpathy, record_keys
 from vlkd.data.shards import index_shard, read_captions, read_member
+from vlkd.data.table import Part
 from vlkd.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -31,6 +36,11 @@ class ImageFile:
     path: Path
     offset: int = 0
     size: int = -1
+
+    @property
+    def shard(self) -> Path | None:
+        """The tar it is in."""
+        return self.path if self.size >= 0 else None
 
     def read(self) -> bytes:
         """The bytes; raises `UserError` when the file is gone or shorter than it was."""
@@ -75,29 +85,90 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def image(self, i: int, size_hint: int | None = None) -> Image:
-        """Decode image `i`; raises `BadImage` for one that cannot be used."""
-        return open_image(self.files[i].read(), size_hint=size_hint)
+    @property
+    def captioned(self) -> int:
+        """Rows with a caption."""
+        return sum(1 for captions in self.captions if captions)
+
+    @property
+    def caption_total(self) -> int:
+        """Captions of all rows."""
+        return int(self._text_ends[-1]) if len(self) else 0
+
+    @property
+    def most_captions(self) -> int:
+        """Of any row."""
+        return max(map(len, self.captions), default=0)
+
+    def key(self, row: int) -> str:
+        """The name of a row."""
+        return self.keys[row]
+
+    def captions_of(self, row: int) -> tuple[str, ...]:
+        """The captions of a row."""
+        return self.captions[row]
+
+    def first_text(self, row: int) -> int:
+        """The number of a row's first caption among all."""
+        return int(self._text_ends[row]) - len(self.captions[row])
+
+    def image(self, row: int, size_hint: int | None = None) -> Image:
+        """Decode an image; raises `BadImage` for one that cannot be used."""
+        return open_image(self.files[row].read(), size_hint=size_hint)
 
     def texts(self) -> list[str]:
         """All captions, row by row."""
         return [caption for captions in self.captions for caption in captions]
 
+    def parts(self) -> list[Part]:
+        """Rows of one tar together, and pictures in files of their own; each tar is read for its hash."""
+        groups = itertools.groupby(range(len(self)), key=lambda row: self.files[row].shard)
+        found = []
+        for shard, group in groups:
+            rows = list(group)
+            captions = sum(len(self.captions[row]) for row in rows)
+            found.append(Part(shard.stem if shard else "", len(rows), captions, file_sha256(shard) if shard else ""))
+        return found
+
+    def row_state(self, row: int) -> str:
+        """A hash of a row's key, captions and place, and of 256 bytes of its picture."""
+        return row_state(self.keys[row], self.captions[row], self.files[row])
+
+    def sizes(self) -> list[int]:
+        """One for all: a table in memory is shuffled as a whole."""
+        return [len(self)]
+
+    def prefetch(self, numbers: Iterable[int]) -> None:
+        """Nothing: all files are on this machine."""
+
+    @functools.cached_property
+    def _text_ends(self) -> NDArray[np.int64]:
+        return np.cumsum([len(captions) for captions in self.captions], dtype=np.int64)
+
     def fingerprint(self) -> str:
         """A hash of keys, captions and the images' places and sizes."""
         state = hashlib.sha256()
-        for row in self._row_states():
-            state.update(row)
+        for key, captions, file in zip(self.keys, self.captions, self.files, strict=True):
+            state.update(_place_state(key, captions, file))
         return state.hexdigest()[:16]
 
-    def row_fingerprints(self) -> list[str]:
-        """The same of each row alone, and of 256 bytes of its image: known again in another order or among others."""
-        rows = zip(self._row_states(), self.files, strict=True)
-        return [hashlib.blake2b(row + file.middle(), digest_size=8).hexdigest() for row, file in rows]
 
-    def _row_states(self) -> Iterator[bytes]:
-        for key, captions, file in zip(self.keys, self.captions, self.files, strict=True):
-            yield repr((key, captions, file.path.name, file.offset, file.length())).encode()
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def row_state(key: str, captions: tuple[str, ...], file: ImageFile, name: str = "") -> str:
+    """By which a row is known again in another order or among others: all but its picture, and 256 bytes of that.
+
+    `name` is that of the file where it lies, if `file` is a copy under another one.
+    """
+    return hashlib.blake2b(_place_state(key, captions, file, name) + file.middle(), digest_size=8).hexdigest()
+
+
+def _place_state(key: str, captions: tuple[str, ...], file: ImageFile, name: str = "") -> bytes:
+    return repr((key, captions, name or file.path.name, file.offset, file.length())).encode()
 
 
 def open_pairs(ref: str) -> Pairs:

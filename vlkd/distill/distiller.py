@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vlkd.data.loader import Batch
+from vlkd.data.samples import Batch
 from vlkd.distill.teachers import CachedTeacher, Teacher, trim_blanks
 from vlkd.distill.term import Term, wanted
 from vlkd.errors import UserError

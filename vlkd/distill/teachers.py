@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from vlkd.data.loader import Batch
+from vlkd.data.samples import Batch
 from vlkd.data.views import View
 from vlkd.distill.cache.build import distinct, text_batches
 from vlkd.distill.cache.columns import check_embeddings

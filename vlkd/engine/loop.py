@@ -14,15 +14,20 @@ from tqdm import tqdm
 
 from vlkd.data.loader import BatchStream
 from vlkd.distill.distiller import Distiller
-from vlkd.engine.checkpoint import load_checkpoint, save_checkpoint, whole_checkpoints
-from vlkd.engine.distributed import copy_from_first_rank
+from vlkd.engine.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from vlkd.engine.clock import Clock, CountedTeacher
+from vlkd.engine.distributed import agreed, clip_gradients, copy_from_first_rank
 from vlkd.engine.log import MetricsLog
 from vlkd.engine.optim import AveragedWeights, clamp_logit_scale, learning_rate, parameter_groups
 from vlkd.engine.settings import Train
+from vlkd.engine.sharding import Stateful, fill_whole, shard, whole_copy
+from vlkd.engine.spikes import SpikeGuard
 from vlkd.engine.step import Step, backward_step
 from vlkd.models.base import DualEncoderModule
 from vlkd.models.composite import CompositeModel
 from vlkd.weighting import Weighting
+
+SPIKES = "spikes.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +35,12 @@ class Outcome:
     """What a loop leaves.
 
     Attributes:
-        student: the weights to export.
+        student: the weights to export, on rank 0.
         heads: from its embeddings to the teachers', of the same weights.
         step: optimiser steps done.
         samples: student samples seen.
-        seconds: in the loop, those before a resume included.
+        seconds: of training, without evaluation and saving, those before a resume included.
+        skipped: updates that the spike guard did not take.
     """
 
     student: DualEncoderModule
@@ -42,6 +48,7 @@ class Outcome:
     step: int
     samples: int
     seconds: float
+    skipped: int
 
 
 def train(
@@ -70,84 +77,115 @@ def train(
         UserError: a loss is not finite; the sentence names the term and the samples.
     """
     steps = max(1, stream.samples // stream.batch_size)
-    # Before the averaged weights and the optimiser are made, so that all of them are on one device.
+    writing = accelerator.is_main_process
+    # Before the averaged weights and the optimiser are made, so that all of them are on one device, and divided alike.
     distiller.to(accelerator.device)
-    optimizer = torch.optim.AdamW(parameter_groups(distiller, settings.weight_decay), lr=settings.lr, betas=(0.9, 0.98))
+    copy_from_first_rank(distiller)
     exported = nn.ModuleDict({"student": distiller.student, "heads": distiller.heads})
+    whole = whole_copy(exported)
+    if settings.shard:
+        shard(distiller)
+    if settings.compile:
+        compile_towers(distiller)
+    optimizer = torch.optim.AdamW(parameter_groups(distiller, settings.weight_decay), lr=settings.lr, betas=(0.9, 0.98))
     averaged = AveragedWeights(exported, settings.ema) if settings.ema else None
-    modules: dict[str, nn.Module] = {"distiller": distiller} | ({"averaged": averaged.module} if averaged else {})
-    step, earlier = 0, 0.0
-    if saved := whole_checkpoints(folder / "checkpoints"):
-        state = load_checkpoint(saved[-1], modules=modules, optimizer=optimizer)
-        step, earlier = state["step"], state["seconds"]
+    modules: dict[str, Stateful] = {"distiller": distiller} | ({"averaged": averaged} if averaged else {})
+    guard = SpikeGuard(settings.spike_factor, folder / SPIKES if writing else None)
+    step, seconds = 0, 0.0
+    if saved := newest_checkpoint(folder / "checkpoints"):
+        state = load_checkpoint(saved, modules=modules, optimizer=optimizer)
+        step, seconds = state["step"], state["seconds"]
         stream.load_state_dict(state["stream"])
         weighting.load_state_dict(state["weighting"])
-        accelerator.print(f"continuing from {saved[-1]} ({stream.position} samples seen)")
-    log = MetricsLog(folder / "metrics.jsonl", step) if accelerator.is_main_process else None
-    copy_from_first_rank(distiller)
-    best = averaged.module if averaged else exported
-    student, heads = best["student"], best["heads"]
-    assert isinstance(student, DualEncoderModule)
-    assert isinstance(heads, nn.ModuleDict)
-    started = last_saved = last_logged = time.perf_counter()
+        guard.load_state_dict(state["spikes"])
+        accelerator.print(f"continuing from {saved} ({stream.position} samples seen)")
+    log = MetricsLog(folder / "metrics.jsonl", step) if writing else None
+    clock = counted(distiller, accelerator.device)
+    last_saved = time.perf_counter()
     logged_position = stream.position
     next_evaluation = _next(stream.position, settings.eval_samples)
-    bar = tqdm(
-        total=stream.samples,
-        initial=stream.position,
-        unit="sample",
-        desc="training",
-        disable=not accelerator.is_main_process,
-    )
+    bar = tqdm(total=stream.samples, initial=stream.position, unit="sample", desc="training", disable=not writing)
     distiller.train()
-    for batch in stream:
-        batch = batch.to(accelerator.device)
+    batches = iter(stream)
+    while step < steps:
+        with clock.part("data"):
+            batch = next(batches).to(accelerator.device)
         rate = learning_rate(step, steps=steps, peak=settings.lr, warmup=settings.warmup)
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.zero_grad(set_to_none=True)
-        found = backward_step(distiller, batch, weighting, accelerator, settings.accumulate)
-        norm = nn.utils.clip_grad_norm_(distiller.parameters(), settings.clip or float("inf"))
-        optimizer.step()
-        if isinstance(distiller.student, CompositeModel):
-            clamp_logit_scale(distiller.student.log_logit_scale, settings.max_logit_scale)
-        if averaged:
-            averaged.update(exported, step)
+        found = backward_step(
+            distiller, batch, weighting, accelerator, settings.accumulate, finite=not settings.spike_factor, clock=clock
+        )
+        norm = clip_gradients(distiller, settings.clip or float("inf"))
         step += 1
+        if guard.takes(norm, step=step, samples=stream.position, keys=batch.keys):
+            optimizer.step()
+            if isinstance(distiller.student, CompositeModel):
+                clamp_logit_scale(distiller.student.log_logit_scale, settings.max_logit_scale)
+            if averaged:
+                averaged.update(exported, step - 1)
         bar.update(stream.batch_size)
         ended = step == steps
-        if log and (step % settings.log_steps == 0 or ended):
-            now = time.perf_counter()
-            row = _figures(distiller, found, norm, rate)
-            row["samples_per_second"] = (stream.position - logged_position) / (now - last_logged)
-            last_logged, logged_position = now, stream.position
+        if step % settings.log_steps == 0 or ended:
+            interval, shares = clock.split()
+            seconds += interval
+            row = _figures(distiller, found, norm, rate) | {f"time/{name}": share for name, share in shares.items()}
+            row["samples_per_second"] = (stream.position - logged_position) / interval
+            logged_position = stream.position
             bar.set_postfix({"loss": f"{row['loss']:.3f}", "lr": f"{rate:.1e}"}, refresh=False)
-            log.write(step, stream.position, row)
-            accelerator.log(row, step=step)
-        if log and (ended or stream.position >= next_evaluation):
-            next_evaluation = _next(stream.position, settings.eval_samples)
-            figures = evaluate(student)
-            log.write(step, stream.position, {f"val/{name}": value for name, value in figures.items()})
-            accelerator.log({f"val/{name}": value for name, value in figures.items()}, step=step)
-        if accelerator.is_main_process and (ended or time.perf_counter() - last_saved >= 60 * settings.save_minutes):
-            save_checkpoint(
-                folder / "checkpoints",
-                step,
-                modules=modules,
-                optimizer=optimizer,
-                state={
-                    "stream": stream.state_dict(),
-                    "weighting": weighting.state_dict(),
-                    "seconds": earlier + time.perf_counter() - started,
-                },
-            )
-            last_saved = time.perf_counter()
-        if ended:
-            break
+            if log:
+                log.write(step, stream.position, row)
+                accelerator.log(row, step=step)
+        with clock.part("aside"):
+            if ended or stream.position >= next_evaluation:
+                next_evaluation = _next(stream.position, settings.eval_samples)
+                fill_whole(whole, averaged or exported)
+                if log:
+                    figures = {f"val/{name}": value for name, value in evaluate(_student(whole)).items()}
+                    log.write(step, stream.position, figures)
+                    accelerator.log(figures, step=step)
+            due = time.perf_counter() - last_saved >= 60 * settings.save_minutes
+            if agreed(ended or due) or (settings.save_steps and step % settings.save_steps == 0):
+                state = {"stream": stream.state_dict(), "weighting": weighting.state_dict()}
+                state |= {"spikes": guard.state_dict(), "seconds": seconds}
+                save_checkpoint(folder / "checkpoints", step, modules=modules, optimizer=optimizer, state=state)
+                last_saved = time.perf_counter()
     bar.close()
+    fill_whole(whole, averaged or exported)
     accelerator.wait_for_everyone()
-    seconds = earlier + last_logged - started
-    return Outcome(student=student, heads=heads, step=step, samples=stream.position, seconds=seconds)
+    heads = whole["heads"]
+    assert isinstance(heads, nn.ModuleDict)
+    return Outcome(
+        student=_student(whole),
+        heads=heads,
+        step=step,
+        samples=stream.position,
+        seconds=seconds,
+        skipped=guard.skipped,
+    )
+
+
+def counted(distiller: Distiller, device: torch.device) -> Clock:
+    """A clock on a distiller's teachers and on what it gathers from other ranks."""
+    clock = Clock(device)
+    distiller.teachers = {name: CountedTeacher(teacher, clock) for name, teacher in distiller.teachers.items()}
+    distiller.gather = clock.counted("sync", distiller.gather)
+    return clock
+
+
+def compile_towers(distiller: Distiller) -> None:
+    """Compile the student's towers in place, under the same names of weights."""
+    if isinstance(distiller.student, CompositeModel):
+        distiller.student.image_tower.compile()
+        if distiller.student.text_tower is not None:
+            distiller.student.text_tower.compile(dynamic=True)
+
+
+def _student(whole: nn.ModuleDict) -> DualEncoderModule:
+    student = whole["student"]
+    assert isinstance(student, DualEncoderModule)
+    return student
 
 
 def _next(position: int, interval: int) -> float:

@@ -75,8 +75,7 @@ def write_report(
     folder: Path,
     evaluated: Mapping[str, Sequence[Evaluated]],
     held_out: Mapping[str, Pairs],
-    images: int,
-    bad: Sequence[str],
+    told: Sequence[str],
 ) -> Path:
     """Draw `report.html`: figures of all entries on each held-out set, curves, the student's best and worst queries.
 
@@ -85,12 +84,9 @@ def write_report(
         folder: of the run.
         evaluated: per held-out set its entries, the student first.
         held_out: the sets.
-        images: trained on.
-        bad: keys of those that could not be decoded.
+        told: notes on what was trained on.
     """
-    notes = [f"Trained on {images} images, {config.train.samples} samples seen, seed {config.seed}."]
-    if bad:
-        notes.append(f"Left out, because they cannot be decoded: {len(bad)} images ({', '.join(bad[:5])}).")
+    notes = [f"{config.train.samples} samples seen, seed {config.seed}.", *told]
     for place, items in evaluated.items():
         result = items[0].result
         notes.append(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -15,13 +16,19 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from vlkd import config as settings_module
 from vlkd.data.decoded import Decoded
-from vlkd.data.loader import BatchStream, Consumer, SampleSequence
-from vlkd.data.sources import Pairs, open_pairs, open_sources, source_name, union
+from vlkd.data.loader import BatchStream
+from vlkd.data.local_copies import LocalCopies
+from vlkd.data.plan import Plan
+from vlkd.data.samples import Consumer, SampleSequence
+from vlkd.data.shard_table import ShardTable, open_shards
+from vlkd.data.sources import Pairs, open_sources, source_name, union
+from vlkd.data.table import Table
 from vlkd.distill.distiller import Distiller
 from vlkd.distill.teachers import CachedTeacher
 from vlkd.distill.term import Term, wanted
 from vlkd.engine.distributed import gather_rows
-from vlkd.engine.finish import finish, watched_figures
+from vlkd.engine.checkpoint import whole_checkpoints
+from vlkd.engine.finish import Watched, finish
 from vlkd.engine.loop import train
 from vlkd.engine.settings import Run
 from vlkd.engine.smoke import shrink_to_smoke
@@ -30,8 +37,11 @@ from vlkd.errors import UserError
 from vlkd.models.base import DualEncoderModule, channels_last
 from vlkd.models.composite import load_composite
 from vlkd.models.spec import build_composite
-from vlkd.models.tokenizer import train_tokenizer
+from vlkd.models.tokenizer import CompactTokenizer, train_tokenizer
 from vlkd.weighting import Fixed, Weighting, fixed_weights, uniform_weights
+
+TOKENIZER = "tokenizer.json"
+TOKENIZER_ROWS = 200_000
 
 
 def run_recipe(recipe: ModuleType, assignments: Sequence[str]) -> Path:
@@ -66,15 +76,16 @@ def run_recipe(recipe: ModuleType, assignments: Sequence[str]) -> Path:
     terms: tuple[Term, ...] = recipe.terms(config)
     weighting = weighting_of(recipe, config)
     check_names(config)
-    sources = dict(zip(config.data.train, open_sources(config.data.train), strict=True))
-    pairs = union(list(sources.values()))
-    report_data(pairs)
-    watched = {source_name(ref): open_pairs(ref) for ref in config.data.val}
+    with accelerator.main_process_first():
+        sources = open_tables(config)
+    table, plan = joined(list(sources.values())), planned(config, list(sources.values()))
+    report_data(table)
+    watched = Watched.open(config)
     torch.manual_seed(config.seed)
-    student = build_student(config, pairs, folder)
-    teaching = prepare_teachers(config, terms, sources, pairs, accelerator)
+    student = build_student(config, table, plan, folder)
+    teaching = prepare_teachers(config, terms, sources, table, accelerator)
     towers = frozen_towers(config, student, terms, sources, accelerator)
-    stream = open_stream(config, pairs, student, terms, teaching, towers, accelerator)
+    stream = open_stream(config, table, plan, student, terms, teaching, towers, accelerator)
     banks = class_vector_banks(config, stream.sequence, teaching, accelerator)
     torch.manual_seed(config.seed + 1)
     distiller = Distiller(student, terms, teaching.sources, towers=towers, banks=banks, gather=gather_rows)
@@ -85,10 +96,10 @@ def run_recipe(recipe: ModuleType, assignments: Sequence[str]) -> Path:
         config.train,
         folder,
         accelerator,
-        lambda model: watched_figures(model, watched),
+        watched.figures,
     )
     if accelerator.is_main_process:
-        finish(config, folder, outcome, teaching.models, pairs, sorted(stream.bad))
+        finish(config, folder, outcome, teaching.models, stream)
     accelerator.end_training()
     return folder
 
@@ -104,7 +115,7 @@ def claim_folder(config: Run) -> Path:
     stored = folder / "config.json"
     # What stopped before its first step left nothing but its settings: a corrected command may have the folder.
     begun = folder.is_dir() and any(
-        path.name != "config.json" and not (path.name == "metrics.jsonl" and not path.stat().st_size)
+        path.name not in ("config.json", TOKENIZER) and not (path.name == "metrics.jsonl" and not path.stat().st_size)
         for path in folder.iterdir()
     )
     if stored.is_file() and begun:
@@ -123,30 +134,77 @@ def claim_folder(config: Run) -> Path:
     return folder
 
 
-def report_data(pairs: Pairs) -> None:
+def open_tables(config: Run) -> dict[str, Pairs | ShardTable]:
+    """Each training source alone, by its reference."""
+    if not config.data.stream:
+        return dict(zip(config.data.train, open_sources(config.data.train), strict=True))
+    if not config.data.train:
+        raise UserError("No data are named; set data.train=FOLDER_OF_SHARDS.")
+    copies = LocalCopies(Path(config.data.copies), int(config.data.copies_gb * 2**30))
+    return {ref: open_shards(ref, copies) for ref in config.data.train}
+
+
+def joined(tables: Sequence[Pairs | ShardTable]) -> Pairs | ShardTable:
+    """All sources as one table."""
+    streamed = [table for table in tables if isinstance(table, ShardTable)]
+    if streamed:
+        return ShardTable([shard for table in streamed for shard in table.shards], streamed[0].copies)
+    return union([table for table in tables if isinstance(table, Pairs)])
+
+
+def planned(config: Run, tables: Sequence[Pairs | ShardTable]) -> Plan:
+    """The order of the samples: a table in memory is shuffled as a whole."""
+    return Plan(
+        [table.sizes() for table in tables],
+        seed=config.seed,
+        weights=config.data.weights,
+        together=config.data.shuffle_shards,
+    )
+
+
+def report_data(table: Table) -> None:
     """One line about what was found."""
-    labelled = sum(1 for captions in pairs.captions if captions)
-    left_out = f", {len(pairs.problems)} left out (first: {pairs.problems[0]})" if pairs.problems else ""
-    print(f"data: {len(pairs)} images, {labelled} with {len(pairs.texts())} captions{left_out}", flush=True)
+    left_out = f", {len(table.problems)} left out (first: {table.problems[0]})" if table.problems else ""
+    print(
+        f"data: {len(table)} images, {table.captioned} with {table.caption_total} captions{left_out}",
+        flush=True,
+    )
 
 
-def build_student(config: Run, pairs: Pairs, folder: Path) -> DualEncoderModule:
+def build_student(config: Run, table: Table, plan: Plan, folder: Path) -> DualEncoderModule:
     """The student: from a folder, or built, with a tokenizer trained on the captions where it needs one."""
     if config.student.start:
         model = load_composite(config.student.start)
     else:
         tokenizer = None
         if config.model.text == "compact" and not config.model.tokenizer:
-            tokenizer = train_tokenizer(dict.fromkeys(pairs.texts()), vocab_size=config.student.vocab_size)
+            tokenizer = own_tokenizer(config, table, plan, folder)
         model = build_composite(config.model, tokenizer=tokenizer, name=str(folder / "student"))
     if config.student.frozen_towers:
         model.image_tower.requires_grad_(False)
         if model.text_tower is not None:
             model.text_tower.requires_grad_(False)
-    channels_last(model)
+    if config.train.channels_last:
+        channels_last(model)
     counts = model.parameter_counts()
     print(f"student: {counts['image'] / 1e6:.2f} M image and {counts['text'] / 1e6:.2f} M text parameters", flush=True)
     return model
+
+
+def own_tokenizer(config: Run, table: Table, plan: Plan, folder: Path) -> CompactTokenizer:
+    """Trained on the captions of the first `TOKENIZER_ROWS` samples; a run that is continued has it in its folder."""
+    if whole_checkpoints(folder / "checkpoints") and (folder / TOKENIZER).is_file():
+        return CompactTokenizer.load(folder / TOKENIZER)
+    if isinstance(table, Pairs):
+        texts = table.texts()
+    else:
+        rows = (plan.row(position)[0] for position in range(min(len(table), TOKENIZER_ROWS)))
+        texts = [caption for row in rows for caption in table.captions_of(row)]
+    tokenizer = train_tokenizer(dict.fromkeys(texts), vocab_size=config.student.vocab_size)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        tokenizer.save(Path(temporary))
+        (Path(temporary) / TOKENIZER).replace(folder / TOKENIZER)
+    return tokenizer
 
 
 def check_names(config: Run) -> None:
@@ -170,7 +228,8 @@ def weighting_of(recipe: ModuleType, config: Run) -> Weighting:
 
 def open_stream(
     config: Run,
-    pairs: Pairs,
+    table: Table,
+    plan: Plan,
     student: DualEncoderModule,
     terms: Sequence[Term],
     teaching: Teaching,
@@ -185,17 +244,20 @@ def open_stream(
     for name, source in teaching.sources.items():
         if source.preprocessing is not None:
             sides = _sides(wanted(terms, "teacher", name))
-            consumers[name] = Consumer(preprocessing=source.preprocessing, image=sides["image"], text=False)
+            # Text features of a table in memory were computed ahead; those of streamed captions are not.
+            text = sides["text"] and config.data.stream
+            consumers[name] = Consumer(preprocessing=source.preprocessing, image=sides["image"], text=text)
     stored = [source for source in (towers, *teaching.sources.values()) if isinstance(source, CachedTeacher)]
     decoding = any(consumer.image for consumer in consumers.values())
     sequence = SampleSequence(
-        pairs,
+        table,
         consumers,
         config.views,
         seed=config.seed,
+        plan=plan,
         view_cycle=config.teachers.views if stored else 0,
         stored_view=stored[0].view if stored else None,
-        decoded=Decoded(pairs, config.data.keep_short_side) if config.data.keep_short_side and decoding else None,
+        decoded=Decoded(table, config.data.keep_short_side) if config.data.keep_short_side and decoding else None,
         unusable={row for source in stored for row in source.unreadable_rows()},
     )
     return BatchStream(

@@ -20,6 +20,15 @@ class Data:
         train: sources (`PATH` or `PATH#SPLIT`); images without captions take part in the terms that need none.
         val: captioned sources on which the run is watched, each on its own.
         test: captioned sources for the final tables, read once when training has ended; without any, those of `val`.
+        stream: read folders of shards through the index that `vlkd prep scan` makes, instead of holding a table in
+            memory: for data larger than memory, and for remote shards.
+        weights: of the sources of `train` in the mixture, each of which then has epochs of its own; () takes every
+            sample of all sources once per epoch.
+        shuffle_shards: streamed shards whose samples are mixed at a time; so many are read at any moment, twice as many
+            where a batch lies across two blocks.
+        copies: folder in which remote shards are kept.
+        copies_gb: its limit; what was not used for longest goes first.
+        zero_shot: folders PATH/CLASS/*.jpg on which zero-shot classification is watched.
         keep_short_side: hold all training images in memory, reduced to this short side; 0 decodes anew each time.
         workers: processes that decode training images.
     """
@@ -27,8 +36,18 @@ class Data:
     train: tuple[str, ...] = ()
     val: tuple[str, ...] = ()
     test: tuple[str, ...] = ()
+    stream: bool = False
+    weights: tuple[float, ...] = ()
+    shuffle_shards: int = 8
+    copies: str = "runs/shard_copies"
+    copies_gb: float = 50.0
+    zero_shot: tuple[str, ...] = ()
     keep_short_side: int = 0
     workers: int = 0
+
+    def __post_init__(self) -> None:
+        check_range("data", self, shuffle_shards=(1, None), copies_gb=(0, None), keep_short_side=(0, None))
+        check_range("data", self, workers=(0, None))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +101,9 @@ class Train:
     Args:
         samples: student samples seen; an epoch is as many as there are training images.
         batch_size: of all ranks together.
+        local_loss: each rank compares its own rows with those of all ranks, instead of the whole batch with itself: the
+            same loss and gradients for a part of the memory.
+        shard: split weights, gradients and optimiser state among the ranks (FSDP2) instead of copying them.
         accumulate: parts in which each rank's batch passes the towers, to save memory; losses and teacher weights are
             those of the whole batch, at the price of a second forward pass (BatchNorm sees the parts).
         lr: peak learning rate of AdamW; behind it a cosine to zero.
@@ -90,16 +112,23 @@ class Train:
         clip: largest norm of the gradient; 0 does not clip.
         ema: decay of the averaged weights that are evaluated and exported; 0 keeps none.
         max_logit_scale: the logit scale is clamped to it after each step.
+        spike_factor: skip and report an update whose gradient is longer than so many times the median of the last 128,
+            or not finite; 0 takes every update and ends at the first loss that is not finite.
+        channels_last: image towers in the layout that convolutions prefer.
+        compile: compile the student's towers with torch.compile; the first steps take a minute.
         precision: "bf16" runs towers, heads and objectives' own networks under autocast; objectives are float32.
         log_steps: between lines of metrics.jsonl.
         eval_samples: between evaluations on `data.val`; 0 evaluates only at the end.
         save_minutes: between checkpoints; 0 saves after every step.
+        save_steps: between checkpoints, whichever comes first; 0 goes by minutes alone.
         device: "auto", "cpu" or "cuda".
         trackers: names known to accelerate, for instance tensorboard or wandb.
     """
 
     samples: int = 200_000
     batch_size: int = 256
+    local_loss: bool = False
+    shard: bool = False
     accumulate: int = 1
     lr: float = 1e-3
     weight_decay: float = 0.1
@@ -107,10 +136,14 @@ class Train:
     clip: float = 1.0
     ema: float = 0.0
     max_logit_scale: float = 100.0
+    spike_factor: float = 0.0
+    channels_last: bool = True
+    compile: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
     log_steps: int = 20
     eval_samples: int = 0
     save_minutes: float = 5.0
+    save_steps: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     trackers: tuple[str, ...] = ()
 
@@ -118,6 +151,9 @@ class Train:
         counts = dict.fromkeys(("samples", "batch_size", "accumulate", "log_steps"), (1, None))
         check_range("train", self, **counts, lr=(1e-12, None), weight_decay=(0, None), warmup=(0, 1), clip=(0, None))
         check_range("train", self, ema=(0, 0.999999), max_logit_scale=(1e-6, None), eval_samples=(0, None))
+        check_range("train", self, save_minutes=(0, None), save_steps=(0, None))
+        if self.spike_factor and not self.spike_factor > 1:
+            raise UserError(f"train.spike_factor={self.spike_factor}: expected 0, or more than 1.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,8 +28,16 @@ def shrink_to_smoke(config: Run) -> Run:
     teachers = tuple(_untrained_teacher(data / f"teacher{i}", i) for i, _ in enumerate(config.teachers.refs))
     return replace(
         config,
-        data=replace(config.data, train=(f"{data}/train",), val=(f"{data}/val",), test=(f"{data}/val",), workers=0),
-        model=replace(MODEL, image_projection=config.model.image_projection),
+        data=replace(
+            config.data,
+            train=(f"{data}/train",),
+            weights=(),
+            val=(f"{data}/val",),
+            test=(f"{data}/val",),
+            zero_shot=(),
+            workers=0,
+        ),
+        model=replace(MODEL, image_projection=config.model.image_projection, logit_bias=config.model.logit_bias),
         student=replace(config.student, start=""),
         teachers=replace(
             config.teachers, refs=teachers, folder=str(data / "features"), views=min(config.teachers.views, 2)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from vlkd.data.loader import Batch
+from vlkd.data.samples import Batch
 from vlkd.distill.balance import Balance, balance_teachers
 from vlkd.distill.distiller import Compared, Distiller
+from vlkd.engine.clock import Clock
 from vlkd.engine.distributed import average_gradients, mean_over_ranks
 from vlkd.errors import UserError
 from vlkd.weighting import Weighting
@@ -28,7 +29,14 @@ class Step:
 
 
 def backward_step(
-    distiller: Distiller, batch: Batch, weighting: Weighting, accelerator: Accelerator, parts: int = 1
+    distiller: Distiller,
+    batch: Batch,
+    weighting: Weighting,
+    accelerator: Accelerator,
+    parts: int = 1,
+    *,
+    finite: bool = True,
+    clock: Clock | None = None,
 ) -> Step:
     """Put the gradient of the weighted losses of all ranks' batches into the parameters.
 
@@ -37,28 +45,39 @@ def backward_step(
     weights and gradients are those of the whole batch; the random draws of a part are replayed, and running statistics
     forget once per step.
 
+    Args:
+        distiller: student, heads and terms.
+        batch: of this rank.
+        weighting: how teachers are combined.
+        accelerator: devices, ranks and precision.
+        parts: in which the batch passes the towers.
+        finite: refuse losses that are not; else they make a gradient that is not, for the caller to judge.
+        clock: counts the messages between ranks.
+
     Raises:
         UserError: a loss is not finite; the sentence names the term and the samples.
     """
     if parts == 1:
         with accelerator.autocast():
             compared = distiller(batch)
-        step = _weighted(distiller, compared, batch, weighting)
+        step = _weighted(distiller, compared, batch, weighting, finite)
         step.total.backward()  # type: ignore[no-untyped-call]
     else:
-        step = _backward_in_parts(distiller, batch, weighting, accelerator, parts)
-    average_gradients(distiller)
+        step = _backward_in_parts(distiller, batch, weighting, accelerator, parts, finite)
+    with clock.part("sync") if clock else nullcontext():
+        average_gradients(distiller)
     return step
 
 
-def _weighted(distiller: Distiller, compared: Compared, batch: Batch, weighting: Weighting) -> Step:
-    _check_finite(compared.losses, batch)
+def _weighted(distiller: Distiller, compared: Compared, batch: Batch, weighting: Weighting, finite: bool) -> Step:
+    if finite:
+        _check_finite(compared.losses, batch)
     balance = balance_teachers(distiller.terms, compared, weighting, mean_over_ranks)
     return Step(compared.losses, balance, distiller.total(compared.losses, balance.weights))
 
 
 def _backward_in_parts(
-    distiller: Distiller, batch: Batch, weighting: Weighting, accelerator: Accelerator, parts: int
+    distiller: Distiller, batch: Batch, weighting: Weighting, accelerator: Accelerator, parts: int, finite: bool
 ) -> Step:
     pieces = list(split(batch, parts))
     generators, found = [], []
@@ -76,7 +95,7 @@ def _backward_in_parts(
     }
     with accelerator.autocast():
         compared = distiller.compare(leaves | scales, batch)
-    step = _weighted(distiller, compared, batch, weighting)
+    step = _weighted(distiller, compared, batch, weighting, finite)
     step.total.backward()  # type: ignore[no-untyped-call]
     # Objectives may draw, too: the next step goes on behind their draws, not behind the replayed ones.
     behind = _random_state(accelerator.device)

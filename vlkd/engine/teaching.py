@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from vlkd.data.images import BadImage
-from vlkd.data.loader import SampleSequence
+from vlkd.data.samples import SampleSequence
 from vlkd.data.sources import Pairs, source_name
+from vlkd.data.table import Table
 from vlkd.distill.cache import CacheSpec, ensure_cache
 from vlkd.distill.distiller import first_of_each
 from vlkd.distill.teachers import CachedTeacher, OnlineTeacher, Teacher, text_features
@@ -42,7 +44,7 @@ class Teaching:
 
 
 def prepare_teachers(
-    config: Run, terms: Sequence[Term], sources: Mapping[str, Pairs], pairs: Pairs, accelerator: Accelerator
+    config: Run, terms: Sequence[Term], sources: Mapping[str, Table], pairs: Table, accelerator: Accelerator
 ) -> Teaching:
     """Load and check the teachers, and open their stored features; those that are missing are computed."""
     models = load_teachers(config, pairs, accelerator)
@@ -56,12 +58,15 @@ def prepare_teachers(
             model.cpu()
         else:
             texts = {feature for feature in want if feature.startswith("text.")}
-            with accelerator.autocast():
-                teaching[name] = OnlineTeacher(name, model, text_features(name, model, pairs.texts(), texts))
+            held: dict[str, Tensor] = {}
+            if isinstance(pairs, Pairs):
+                with accelerator.autocast():
+                    held = text_features(name, model, pairs.texts(), texts)
+            teaching[name] = OnlineTeacher(name, model, held)
     return Teaching(models=models, sources=teaching)
 
 
-def load_teachers(config: Run, pairs: Pairs, accelerator: Accelerator) -> dict[str, DualEncoderModule]:
+def load_teachers(config: Run, pairs: Table, accelerator: Accelerator) -> dict[str, DualEncoderModule]:
     """All teachers, checked, before any work is spent on one of them."""
     models: dict[str, DualEncoderModule] = {}
     seen: dict[str, str] = {}
@@ -75,15 +80,15 @@ def load_teachers(config: Run, pairs: Pairs, accelerator: Accelerator) -> dict[s
     return models
 
 
-def check_teacher(name: str, model: DualEncoderModule, pairs: Pairs) -> None:
+def check_teacher(name: str, model: DualEncoderModule, pairs: Table) -> None:
     """Refuse a teacher whose preprocessing, outputs or image-text pairing are broken, before the first step."""
-    rows = [i for i, captions in enumerate(pairs.captions) if captions]
     images, captions = [], []
-    for row in rows[:: max(1, len(rows) // CHECKED_PAIRS)][:CHECKED_PAIRS]:
+    for row in spread_rows(pairs, CHECKED_PAIRS):
         # The data's own limit on pictures that cannot be decoded is kept elsewhere.
         with contextlib.suppress(BadImage):
+            own = pairs.captions_of(row)
             images.append(pairs.image(row))
-            captions.append(pairs.captions[row][0])
+            captions.append(own[0])
     if not images:
         raise UserError(
             f"Teacher {name} cannot be checked: no readable training image has a caption; add captioned data."
@@ -94,8 +99,22 @@ def check_teacher(name: str, model: DualEncoderModule, pairs: Pairs) -> None:
         print(f"warning: {warning}", flush=True)
 
 
+def spread_rows(table: Table, count: int) -> list[int]:
+    """Up to `count` captioned rows, spread over the table."""
+    share = table.captioned / len(table)
+    # In a table with few captions so many more rows are looked at.
+    looked_at = min(len(table), math.ceil(count / share)) if share else 0
+    rows = [row * len(table) // looked_at for row in range(looked_at)]
+    found = []
+    for row in rows:
+        with contextlib.suppress(BadImage):
+            if table.captions_of(row):
+                found.append(row)
+    return found[:count]
+
+
 def cached_teacher(
-    config: Run, name: str, model: DualEncoderModule, sources: Mapping[str, Pairs], want: frozenset[str]
+    config: Run, name: str, model: DualEncoderModule, sources: Mapping[str, Table], want: frozenset[str]
 ) -> CachedTeacher:
     """A model's features of K views of the training data, one cache per source."""
     spec = CacheSpec(
@@ -124,7 +143,7 @@ def frozen_towers(
     config: Run,
     student: DualEncoderModule,
     terms: Sequence[Term],
-    sources: Mapping[str, Pairs],
+    sources: Mapping[str, Table],
     accelerator: Accelerator,
 ) -> CachedTeacher | None:
     """The features of frozen student towers, so that only projections run in training."""
@@ -147,7 +166,8 @@ def class_vector_banks(
     banks: dict[str, dict[str, Tensor]] = {}
     if not config.teachers.bank:
         return banks
-    captioned = (p for p in range(len(sequence.pairs)) if sequence.pairs.captions[sequence.row_and_view(p)[0]])
+    table = sequence.table
+    captioned = (p for p in range(len(table)) if table.captions_of(sequence.row_and_view(p)[0]))
     positions = list(itertools.islice(captioned, config.teachers.bank))
     batches = [
         sequence.collate([sequence[p] for p in positions[start : start + config.teachers.batch_size]])

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -22,7 +22,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from vlkd.data.images import BadImage
-from vlkd.data.sources import Pairs
+from vlkd.data.sources import file_sha256
+from vlkd.data.table import Part, Table
 from vlkd.data.views import geometry, view_of
 from vlkd.distill.cache.columns import Columns, check_lengths
 from vlkd.distill.cache.format import (
@@ -45,26 +46,26 @@ ViewBatch = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class PlannedShard:
-    """A shard's file name, and the rows of the table that it holds."""
+    """A shard's file name, the rows of the table that it holds, and the part of the table that they belong to."""
 
     file: str
-    rows: tuple[int, ...]
+    rows: range
+    part: Part
 
 
-def plan_shards(pairs: Pairs) -> list[PlannedShard]:
+def plan_shards(pairs: Table) -> list[PlannedShard]:
     """At most `SHARD_ROWS` rows of one tar together, named after it; pictures in files of their own as `rows`."""
-    groups: dict[Path | None, list[int]] = defaultdict(list)
-    for row, file in enumerate(pairs.files):
-        groups[file.path if file.size >= 0 else None].append(row)
     taken: Counter[str] = Counter()
-    plan = []
-    for path, rows in groups.items():
-        stem = path.stem if path else "rows"
+    plan, first = [], 0
+    for part in pairs.parts():
+        stem = part.name or "rows"
         taken[stem] += 1
         if taken[stem] > 1:
             stem = f"{stem}-{taken[stem]}"
-        for number, start in enumerate(range(0, len(rows), SHARD_ROWS)):
-            plan.append(PlannedShard(f"{stem}.{number:03d}.safetensors", tuple(rows[start : start + SHARD_ROWS])))
+        for number, start in enumerate(range(0, part.rows, SHARD_ROWS)):
+            rows = range(first + start, first + min(start + SHARD_ROWS, part.rows))
+            plan.append(PlannedShard(f"{stem}.{number:03d}.safetensors", rows, part))
+        first += part.rows
     return plan
 
 
@@ -72,7 +73,7 @@ def build_shards(
     folder: Path,
     name: str,
     model: DualEncoderModule,
-    pairs: Pairs,
+    pairs: Table,
     spec: CacheSpec,
     *,
     workers: int,
@@ -86,20 +87,18 @@ def build_shards(
     """
     check_features(spec.features, model.provides, f"Teacher {name}")
     folder.mkdir(parents=True, exist_ok=True)
-    plan, own, fingerprints = plan_shards(pairs), identity(model, spec), pairs.row_fingerprints()
+    plan, own = plan_shards(pairs), identity(model, spec)
     foreign = {path.name for path in folder.glob("*.safetensors")} - {shard.file for shard in plan}
     if foreign:
         refuse(name, folder, [f"from other data (found {min(foreign)}, expected {plan[0].file} and the like)"])
-    heads = {
-        shard.file: {
-            "identity": own,
-            "keys": [pairs.keys[row] for row in shard.rows],
-            "rows": [fingerprints[row] for row in shard.rows],
-        }
-        for shard in plan
-    }
-    entries = {shard.file: found_shard(folder / shard.file, name, heads[shard.file]) for shard in plan}
-    missing = [shard for shard in plan if entries[shard.file] is None]
+    entries: dict[str, dict[str, Any]] = {}
+    missing = []
+    for shard in plan:
+        entry = found_shard(folder / shard.file, name, _head(own, pairs, shard))
+        if entry is None:
+            missing.append(shard)
+        else:
+            entries[shard.file] = entry | {"source": shard.part.sha256}
     computed = sum(len(shard.rows) for shard in missing)
     started = time.perf_counter()
     autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=spec.precision == "bf16")
@@ -114,12 +113,24 @@ def build_shards(
         for shard in missing:
             own_batches = islice(batches, len(_row_batches(shard, spec, batch_size)))
             columns, error = shard_columns(name, model, pairs, spec, shard, own_batches, batch_size, bar)
-            write_shard(folder / shard.file, columns, heads[shard.file] | {"error": error})
-            entries[shard.file] = found_shard(folder / shard.file, name, heads[shard.file])
+            head = _head(own, pairs, shard)
+            write_shard(folder / shard.file, columns, head | {"error": error})
+            entry = found_shard(folder / shard.file, name, head)
+            assert entry is not None
+            entries[shard.file] = entry | {"source": shard.part.sha256}
         scalars = model.encode({}, sorted(feature for feature in model.provides if feature.startswith("logit_")))
     made = {"computed": computed, "seconds": round(time.perf_counter() - started, 3)}
-    found = {file: entry for file, entry in entries.items() if entry is not None}
+    found = {shard.file: entries[shard.file] for shard in plan}
     return new_manifest(name, model, pairs, own, found, {key: float(value) for key, value in scalars.items()}) | made
+
+
+def _head(own: Mapping[str, Any], pairs: Table, shard: PlannedShard) -> dict[str, Any]:
+    """What a stored shard tells of itself."""
+    return {
+        "identity": own,
+        "keys": [pairs.key(row) for row in shard.rows],
+        "rows": [pairs.row_state(row) for row in shard.rows],
+    }
 
 
 def found_shard(path: Path, name: str, head: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -140,13 +151,7 @@ def found_shard(path: Path, name: str, head: Mapping[str, Any]) -> dict[str, Any
             phrases = [f"from other data (the images of {path.name} have changed)"]
         refuse(name, path.parent, phrases)
     entry = {"file": path.name, "rows": len(found["keys"]), "captions": captions, "unreadable": unreadable}
-    return entry | {"bytes": path.stat().st_size, "sha256": file_hash(path), "error": found["error"]}
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return entry | {"bytes": path.stat().st_size, "sha256": file_sha256(path), "error": found["error"]}
 
 
 def columns_hash(columns: Mapping[str, Tensor]) -> str:
@@ -172,11 +177,11 @@ def write_shard(path: Path, columns: Mapping[str, Tensor], head: Mapping[str, An
 class _Views(Dataset[ViewBatch]):
     """All views of a row, from one decode; without a transform only their parameters."""
 
-    def __init__(self, pairs: Pairs, transform: Preprocessing | None, spec: CacheSpec) -> None:
+    def __init__(self, pairs: Table, transform: Preprocessing | None, spec: CacheSpec) -> None:
         self.pairs, self.transform, self.spec = pairs, transform, spec
 
     def __getitem__(self, row: int) -> ViewBatch:
-        key, spec = self.pairs.keys[row], self.spec
+        key, spec = self.pairs.key(row), self.spec
         views = [view_of(spec.view_settings, spec.view_seed, key, number) for number in range(spec.views)]
         parameters = torch.tensor([(*view.box, float(view.flip)) for view in views], dtype=torch.float64)
         if self.transform is None:
@@ -193,7 +198,7 @@ class _Views(Dataset[ViewBatch]):
 
 def view_batches(
     model: DualEncoderModule,
-    pairs: Pairs,
+    pairs: Table,
     spec: CacheSpec,
     shards: Sequence[PlannedShard],
     *,
@@ -222,7 +227,7 @@ def _row_batches(shard: PlannedShard, spec: CacheSpec, batch_size: int) -> list[
 def shard_columns(
     name: str,
     model: DualEncoderModule,
-    pairs: Pairs,
+    pairs: Table,
     spec: CacheSpec,
     shard: PlannedShard,
     batches: Iterator[ViewBatch],
@@ -241,10 +246,11 @@ def shard_columns(
     columns = images.joined(name)
     columns = {key: value.view(len(shard.rows), spec.views, *value.shape[1:]) for key, value in columns.items()}
     columns |= {"views": torch.cat(views), "readable": torch.cat(readable)}
-    texts = [caption for row in shard.rows for caption in pairs.captions[row]]
+    captions = [pairs.captions_of(row) for row in shard.rows]
+    texts = [caption for own in captions for caption in own]
     text_columns, text_error = _text_columns(name, model, texts, spec)
     columns |= text_columns
-    columns["captions"] = torch.tensor([len(pairs.captions[row]) for row in shard.rows], dtype=torch.int32)
+    columns["captions"] = torch.tensor([len(own) for own in captions], dtype=torch.int32)
     check_lengths(name, columns)
     return {key: value.contiguous() for key, value in columns.items()}, images.error() | text_error
 

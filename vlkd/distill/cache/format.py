@@ -11,13 +11,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
 
-from vlkd.data.sources import Pairs
+from vlkd.data.table import Table
 from vlkd.data.views import ViewSettings, view_of
 from vlkd.errors import UserError
 from vlkd.models.base import DualEncoderModule
 from vlkd.models.fingerprint import model_fingerprint
 
-FORMAT, VERSION = "vlkd-teacher-cache", 1
+FORMAT, VERSION = "vlkd-teacher-cache", 2
 MANIFEST = "manifest.json"
 METADATA = "vlkd"
 """The one key of a shard's metadata: safetensors writes several in no fixed order, and equal shards are equal bytes."""
@@ -127,7 +127,7 @@ def refuse(name: str, folder: Path, phrases: Collection[str]) -> NoReturn:
 def new_manifest(
     name: str,
     model: DualEncoderModule,
-    pairs: Pairs,
+    pairs: Table,
     own: Mapping[str, Any],
     entries: Mapping[str, dict[str, Any]],
     scalars: Mapping[str, float],
@@ -163,7 +163,7 @@ def new_manifest(
             "context_length": transform.context_length,
             "settings": repr(getattr(model, "settings", None)),
         },
-        "data": {"images": len(pairs), "captions": len(pairs.texts()), "fingerprint": pairs.fingerprint()},
+        "data": {"images": len(pairs), "captions": pairs.caption_total, "fingerprint": pairs.fingerprint()},
         "views": {"count": own["count"], "seed": own["settings"]["seed"], "settings": settings, "drawn": own["drawn"]},
         "features": own["features"],
         "precision": own["precision"],

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from vlkd.data.images import BadImage
-from vlkd.data.sources import Pairs
+from vlkd.data.shard_table import ShardTable
+from vlkd.data.sources import file_sha256
+from vlkd.data.table import Table
 from vlkd.data.views import geometry
-from vlkd.distill.cache.build import build_shards, file_hash, text_batches
+from vlkd.distill.cache.build import build_shards, text_batches
 from vlkd.distill.cache.format import (
     MANIFEST,
     CacheSpec,
@@ -22,7 +24,8 @@ from vlkd.distill.cache.format import (
     refuse,
     write_manifest,
 )
-from vlkd.distill.cache.reader import CacheReader, Join, join_rows
+from vlkd.distill.cache.join import Join, join
+from vlkd.distill.cache.reader import CacheReader
 from vlkd.errors import UserError
 from vlkd.models.base import DualEncoderModule, evaluating
 
@@ -31,7 +34,7 @@ def ensure_cache(
     folder: Path,
     name: str,
     model: DualEncoderModule,
-    pairs: Pairs,
+    pairs: Table,
     spec: CacheSpec,
     *,
     workers: int = 0,
@@ -55,13 +58,13 @@ def ensure_cache(
     if (folder / MANIFEST).is_file():
         return open_cache(folder, name, model, pairs, spec)
     manifest = build_shards(folder, name, model, pairs, spec, workers=workers, batch_size=batch_size)
-    reader = CacheReader(folder, name, manifest, join_rows(folder, name, manifest, pairs))
-    reader.check_embeddings(pairs.texts())
+    reader = CacheReader(folder, name, manifest, join(folder, name, manifest, pairs))
+    reader.check_embeddings(pairs)
     write_manifest(folder, manifest)
     return reader
 
 
-def open_cache(folder: Path, name: str, model: DualEncoderModule, pairs: Pairs, spec: CacheSpec) -> CacheReader:
+def open_cache(folder: Path, name: str, model: DualEncoderModule, pairs: Table, spec: CacheSpec) -> CacheReader:
     """Open a whole cache and check it; shards by their size alone, their content is for `verify_cache`.
 
     Raises:
@@ -75,25 +78,26 @@ def open_cache(folder: Path, name: str, model: DualEncoderModule, pairs: Pairs, 
             f"--out {folder.absolute().parents[1]}`."
         )
     manifest = read_manifest(name, folder)
-    join = join_rows(folder, name, manifest, pairs)
-    phrases = differences(manifest_identity(manifest), identity(model, spec)) + data_difference(join, len(pairs))
+    joined = join(folder, name, manifest, pairs)
+    phrases = differences(manifest_identity(manifest), identity(model, spec)) + data_difference(joined, pairs)
     if phrases:
         refuse(name, folder, phrases)
-    reader = CacheReader(folder, name, manifest, join)
-    reader.check_embeddings(pairs.texts())
+    reader = CacheReader(folder, name, manifest, joined)
+    reader.check_embeddings(pairs)
     return reader
 
 
-def data_difference(join: Join, images: int) -> list[str]:
+def data_difference(joined: Join, pairs: Table) -> list[str]:
     """Why stored features cannot serve a table, in words."""
-    if not join.wrong:
+    if not joined.wrong:
         return []
-    found = f"found {images - len(join.wrong)} of {images} images as they are now, expected all; not {join.wrong[0]!r}"
-    return [f"from other data ({found})"]
+    unit, total = ("shards", len(pairs.parts())) if isinstance(pairs, ShardTable) else ("images", len(pairs))
+    found = f"found {total - len(joined.wrong)} of {total} {unit} as they are now, expected all"
+    return [f"from other data ({found}; not {joined.wrong[0]!r})"]
 
 
 def verify_cache(
-    reader: CacheReader, model: DualEncoderModule, pairs: Pairs, *, sample: int = 64, seed: int = 0
+    reader: CacheReader, model: DualEncoderModule, pairs: Table, *, sample: int = 64, seed: int = 0
 ) -> dict[str, float]:
     """Compare every shard with the hash in the manifest, and a sample of features with those computed anew.
 
@@ -112,7 +116,7 @@ def verify_cache(
     """
     for entry in reader.manifest["shards"]:
         path = reader.folder / entry["file"]
-        found = file_hash(path)
+        found = file_sha256(path)
         if found != entry["sha256"]:
             raise UserError(
                 f"{path} of teacher {reader.name} has changed since it was written (sha256 {found[:12]}, expected "
@@ -122,7 +126,8 @@ def verify_cache(
     readable = np.setdiff1d(np.arange(len(reader)), reader.unreadable_rows())
     rows = torch.from_numpy(draw.choice(readable, min(sample, len(readable)), replace=False))
     views = torch.from_numpy(draw.integers(reader.views, size=len(rows)))
-    texts = torch.from_numpy(draw.choice(reader.captions, min(sample, reader.captions), replace=False))
+    captioned = [row for row in draw.permutation(len(reader))[: 16 * sample].tolist() if pairs.captions_of(row)][:sample]
+    texts = {pairs.first_text(row) + i: pairs.captions_of(row)[i] for row in captioned for i in [_any(draw, pairs, row)]}
     autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=reader.manifest["precision"] == "bf16")
     lowest: dict[str, float] = {}
     with torch.no_grad(), evaluating(model), autocast:
@@ -132,22 +137,26 @@ def verify_cache(
             for name, value in model.encode({"pixels": pixels.to(model.device)}, names).items():
                 lowest[name] = _lowest_cosine(reader.image(name, rows, views), value)
         names = sorted(name for name in reader.features if name.startswith("text."))
-        if names and len(texts):
-            strings = pairs.texts()
-            parts = list(text_batches(model, [strings[i] for i in texts.tolist()], names))
+        if names and texts:
+            parts = list(text_batches(model, list(texts.values()), names))
             for name in names:
-                lowest[name] = _lowest_cosine(reader.text(name, texts), torch.cat([part[name] for part in parts]))
+                stored = reader.text(name, torch.tensor(list(texts)))
+                lowest[name] = _lowest_cosine(stored, torch.cat([part[name] for part in parts]))
     return lowest
 
 
-def _stored_pixels(reader: CacheReader, model: DualEncoderModule, pairs: Pairs, rows: Tensor, views: Tensor) -> Tensor:
+def _any(draw: np.random.Generator, pairs: Table, row: int) -> int:
+    return int(draw.integers(len(pairs.captions_of(row))))
+
+
+def _stored_pixels(reader: CacheReader, model: DualEncoderModule, pairs: Table, rows: Tensor, views: Tensor) -> Tensor:
     hint = 2 * max(model.preprocessing.image_size)
     pixels = []
     for row, number in zip(rows.tolist(), views.tolist(), strict=True):
         try:
             image = pairs.image(row, size_hint=hint)
         except BadImage as error:
-            raise UserError(f"{pairs.keys[row]} was readable when {reader.folder} was built; now {error}") from None
+            raise UserError(f"{pairs.key(row)} was readable when {reader.folder} was built; now {error}") from None
         pixels.append(model.preprocessing.view_transform(geometry(image, reader.view(row, number))))
     return torch.stack(pixels)
 

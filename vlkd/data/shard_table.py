@@ -1,0 +1,274 @@
+"""A table of image-text shards that is never held in memory: rows are read through the shards' indexes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from PIL.Image import Image
+
+from vlkd.data.images import BadImage, open_image
+from vlkd.data.remote import is_remote
+from vlkd.data.local_copies import LocalCopies
+from vlkd.data.scan import SCAN_FILE, Scan, ShardEntry, entry_place, read_scan, scan_shards
+from vlkd.data.shard_rows import SUFFIX, Extent, ShardRows, read_rows
+from vlkd.data.shards import parse_captions
+from vlkd.data.sources import ImageFile, row_state
+from vlkd.data.table import Part
+from vlkd.errors import UserError
+
+Kept = TypeVar("Kept")
+
+OPENED = 64
+"""Indexes and files held open; a plan that mixes fewer shards than half of it at a time opens each of them once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexedShard:
+    """A shard and its index.
+
+    Attributes:
+        place: absolute path or URL.
+        index: of its rows.
+        entry: what the scan found.
+        prefix: in front of keys that occur in several shards.
+    """
+
+    place: str
+    index: Path
+    entry: ShardEntry
+    prefix: str = ""
+
+
+class ShardTable:
+    """Rows of indexed shards, one shard after the other.
+
+    A row costs no memory; the indexes of the shards being read do, some 50 bytes a sample. Every member is compared
+    with the CRC-32 that the scan wrote down, so that a damaged or exchanged shard is noticed and never trained on.
+    It travels to workers, where files are opened anew.
+
+    Args:
+        shards: of all sources, in order.
+        copies: where remote shards are kept; local ones need none.
+
+    Raises:
+        UserError: a local shard is missing, or has another size than when it was scanned.
+    """
+
+    problems: Sequence[str] = ()
+
+    def __init__(self, shards: Sequence[IndexedShard], copies: LocalCopies | None = None) -> None:
+        self.shards = tuple(shards)
+        self.copies = copies
+        for shard in self.shards:
+            if not is_remote(shard.place):
+                _check_size(shard)
+        self.ends = np.cumsum([shard.entry.samples for shard in self.shards], dtype=np.int64)
+        self.text_ends = np.cumsum([shard.entry.captions for shard in self.shards], dtype=np.int64)
+        self._rows: OrderedDict[int, ShardRows] = OrderedDict()
+        self._files: OrderedDict[int, int] = OrderedDict()
+        self._lost: dict[int, str] = {}
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_rows": OrderedDict(), "_files": OrderedDict(), "_lost": {}}
+
+    @property
+    def captioned(self) -> int:
+        """Rows with a caption."""
+        return sum(shard.entry.labelled for shard in self.shards)
+
+    @property
+    def caption_total(self) -> int:
+        """Captions of all rows."""
+        return int(self.text_ends[-1]) if len(self.text_ends) else 0
+
+    @property
+    def most_captions(self) -> int:
+        """Of any row."""
+        return max((shard.entry.most_captions for shard in self.shards), default=0)
+
+    def parts(self) -> list[Part]:
+        """The shards."""
+        return [
+            Part(shard.index.name.removesuffix(SUFFIX), entry.samples, entry.captions, entry.sha256)
+            for shard in self.shards
+            for entry in [shard.entry]
+        ]
+
+    def sizes(self) -> list[int]:
+        """The samples of each shard."""
+        return [shard.entry.samples for shard in self.shards]
+
+    def fingerprint(self) -> str:
+        """A hash of the shards' content, wherever they lie."""
+        state = "".join(f"{shard.entry.sha256} {shard.entry.samples}\n" for shard in self.shards)
+        return hashlib.sha256(state.encode()).hexdigest()[:16]
+
+    def key(self, row: int) -> str:
+        """The name of a row."""
+        number, i = self._locate(row)
+        return self.shards[number].prefix + self._index(number).key(i)
+
+    def first_text(self, row: int) -> int:
+        """The number of a row's first caption among all."""
+        number, i = self._locate(row)
+        before = int(self.text_ends[number - 1]) if number else 0
+        return before + int(self._index(number).first_caption[i])
+
+    def captions_of(self, row: int) -> tuple[str, ...]:
+        """The captions of a row; raises `BadImage` where they are not those that were scanned."""
+        number, i = self._locate(row)
+        rows = self._index(number)
+        if not rows.counts[i]:
+            return ()
+        found = [
+            caption
+            for extension, extent in rows.texts(i)
+            for caption in parse_captions(self._read(number, extent, rows.key(i)), extension)
+        ]
+        return tuple(dict.fromkeys(found))
+
+    def image(self, row: int, size_hint: int | None = None) -> Image:
+        """Decode an image; raises `BadImage` for one that is not what was scanned, or cannot be decoded."""
+        number, i = self._locate(row)
+        rows = self._index(number)
+        return open_image(self._read(number, rows.image(i), rows.key(i)), size_hint=size_hint)
+
+    def row_state(self, row: int) -> str:
+        """As that of the same row of `Pairs`."""
+        number, i = self._locate(row)
+        rows = self._index(number)
+        extent = rows.image(i)
+        file = ImageFile(self._local(number), extent.offset, extent.size)
+        return row_state(rows.key(i), self.captions_of(row), file, name=self.shards[number].place.rpartition("/")[2])
+
+    def prefetch(self, numbers: Iterable[int]) -> None:
+        """Copy remote shards in this order, beside the reading, as fast as the iterator gives them."""
+        if self.copies is not None:
+            wanted = (self.shards[number] for number in numbers)
+            self.copies.prefetch(
+                ((shard.place, shard.entry.bytes, shard.entry.sha256) for shard in wanted if is_remote(shard.place)),
+                # Workers ask for shards in processes of their own; the iterator itself keeps pace with the reading.
+                ahead=len(self.shards) + 1,
+            )
+
+    def _locate(self, row: int) -> tuple[int, int]:
+        number = int(np.searchsorted(self.ends, row, side="right"))
+        return number, row - (int(self.ends[number - 1]) if number else 0)
+
+    def _index(self, number: int) -> ShardRows:
+        """A shard's index; raises `UserError` where it is not the one that was scanned."""
+
+        def read() -> ShardRows:
+            shard = self.shards[number]
+            rows = read_rows(shard.index)
+            if rows.header.sha256 != shard.entry.sha256 or len(rows) != shard.entry.samples:
+                raise UserError(f"{shard.index} is of another scan than its scan.json; run `vlkd prep scan` again.")
+            return rows
+
+        return _kept(self._rows, number, read, lambda _: None)
+
+    def _read(self, number: int, extent: Extent, key: str) -> bytes:
+        file = _kept(self._files, number, lambda: self._open(number), os.close)
+        try:
+            data = os.pread(file, extent.size, extent.offset)
+        except OSError as error:
+            raise BadImage(f"{key} of {self.shards[number].entry.place} cannot be read ({error.strerror}).") from None
+        if len(data) != extent.size or zlib.crc32(data) != extent.crc:
+            raise BadImage(f"{key} of {self.shards[number].entry.place} has changed since it was scanned.")
+        return data
+
+    def _open(self, number: int) -> int:
+        # A shard that is gone is not looked for again with every sample: each look at a remote one may take minutes.
+        if number not in self._lost:
+            try:
+                return os.open(self._local(number), os.O_RDONLY)
+            except (OSError, UserError) as error:
+                reason = error if isinstance(error, UserError) else error.strerror
+                self._lost[number] = f"{self.shards[number].entry.place} cannot be opened ({reason})."
+        raise BadImage(self._lost[number])
+
+    def _local(self, number: int) -> Path:
+        shard = self.shards[number]
+        if not is_remote(shard.place):
+            return Path(shard.place)
+        assert self.copies is not None
+        return self.copies.path(shard.place, shard.entry.bytes, shard.entry.sha256)
+
+
+def open_shards(ref: str, copies: LocalCopies | None = None) -> ShardTable:
+    """A folder of shards that `vlkd prep scan` has indexed; local shards without an index are scanned first.
+
+    Args:
+        ref: the folder that holds `scan.json`; `PATH#SPLIT` is `PATH/SPLIT`.
+        copies: where remote shards are kept.
+
+    Raises:
+        UserError: there is no such folder, or no shard in it with a sample.
+    """
+    path, _, split = ref.partition("#") if not Path(ref).exists() else (ref, "", "")
+    folder = Path(path) / split
+    if not folder.is_dir():
+        raise UserError(
+            f"There is no folder {folder}; data.stream=true reads folders of shards, or those that `vlkd prep scan "
+            "URL --out FOLDER` wrote."
+        )
+    if not (folder / SCAN_FILE).is_file():
+        if not any(folder.glob("*.tar")):
+            raise UserError(f"{folder} holds neither shards nor {SCAN_FILE}; run `vlkd prep scan` or name another folder.")
+        print(f"{folder}: no {SCAN_FILE} yet, the shards are scanned once", flush=True)
+        scan_shards([str(folder)], None, workers=os.cpu_count() or 1)
+    table = ShardTable(indexed_shards(read_scan(folder)), copies)
+    if not len(table):
+        raise UserError(f"{folder}: its shards hold no sample; see `vlkd prep scan {folder}`.")
+    return table
+
+
+def indexed_shards(scan: Scan) -> list[IndexedShard]:
+    """The shards of a scan that hold a sample."""
+    return [
+        IndexedShard(
+            place=entry_place(scan, entry),
+            index=scan.folder / entry.index,
+            entry=entry,
+            prefix="" if scan.unique_keys else entry.index.removesuffix(SUFFIX) + "/",
+        )
+        for entry in scan.shards
+        if entry.samples
+    ]
+
+
+def _kept(known: OrderedDict[int, Kept], number: int, make: Callable[[], Kept], drop: Callable[[Kept], object]) -> Kept:
+    """The latest `OPENED` of what was made."""
+    if number in known:
+        known.move_to_end(number)
+        return known[number]
+    made = make()
+    known[number] = made
+    if len(known) > OPENED:
+        drop(known.popitem(last=False)[1])
+    return made
+
+
+def _check_size(shard: IndexedShard) -> None:
+    try:
+        size = os.stat(shard.place).st_size
+    except OSError as error:
+        raise UserError(
+            f"The shard {shard.place} cannot be read ({error.strerror}); restore it, or run `vlkd prep scan` again."
+        ) from None
+    if size != shard.entry.bytes:
+        raise UserError(
+            f"The shard {shard.place} has {size} bytes, expected {shard.entry.bytes} as it was scanned; run `vlkd prep "
+            "scan` again."
+        )
