@@ -10,16 +10,19 @@ from helpers.distilling import (
     STUDENT_PAIR,
     TEXTS,
     batch_of,
+    by_rows_terms,
     sequence_of,
     terms_of,
     tiny_student,
     tiny_teachers,
 )
 from helpers.pairs import picture_pairs
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from vlkd.data.views import ViewSettings
 from vlkd.distill.cache import CacheSpec, ensure_cache
-from vlkd.distill.distiller import Distiller
+from vlkd.distill.distiller import Distiller, among
 from vlkd.distill.teachers import CachedTeacher, OnlineTeacher
 from vlkd.distill.term import Term
 from vlkd.errors import UserError
@@ -274,3 +277,125 @@ def test_a_nan_teacher_shows_in_the_loss_of_its_term_alone(pairs, models):
         models["one"].image_projection[0].weight[0, 0] = float("nan")
     losses = distiller_of(models, terms_of("one"))(batch_of(sequence_of(pairs, models), ALL)).losses
     assert {name for name, value in losses.items() if not value.isfinite()} == {"images", "relations"}
+
+
+def test_among_is_membership():
+    sets = torch.tensor([[3, -1, -1], [5, 3, 0], [7, 7, -1]])
+    assert among(torch.tensor([0, 3, 7, 3]), sets).tolist() == [
+        [False, True, False, True],
+        [True, True, False, True],
+        [False, False, True, False],
+    ]
+    assert among(torch.tensor([1]), sets[:0]).shape == (0, 1)
+
+
+def third_of_three(rows):
+    """Where the last of three ranks with equal batches has its rows."""
+    return slice(2 * len(rows), 3 * len(rows)), 3
+
+
+ALL_BY_ROWS = tuple(
+    replace(term, name=f"{term.name} {match}")
+    for objective in ("info_nce", "siglip", "interactive")
+    for match in (False, True)
+    for term in by_rows_terms(objective, match)
+)
+
+
+def test_local_losses_are_the_ranks_times_the_part_of_its_rows(pairs, models):
+    """Three ranks with the same batch have equal parts, so that each one's is the whole; captions repeat thrice."""
+    models["student"] = tiny_student(logit_bias=-3.0)
+    batch = batch_of(sequence_of(pairs, models), ALL)
+    options = {"gather": lambda rows: torch.cat([rows] * 3)}
+    whole = distiller_of(models, ALL_BY_ROWS, **options)
+    local = distiller_of(models, ALL_BY_ROWS, local=True, share=third_of_three, **options)
+    local.heads.load_state_dict(whole.heads.state_dict())
+    expected, found = whole(batch), local(batch)
+    assert expected.local == frozenset()
+    assert found.local == found.losses.keys() == {term.name for term in ALL_BY_ROWS}
+    torch.testing.assert_close(found.losses, expected.losses)
+    # Which rows they are shows in the gradients: one direction has anchors among the own rows alone.
+    gradient = torch.autograd.grad(found.losses["one/image~text True"], found.anchors["image"])[0]
+    captioned = torch.tensor([row in CAPTIONED for row in ALL] * 3) & (torch.arange(24) >= 16)
+    assert torch.equal(gradient.abs().sum(dim=1) > 0, captioned)
+
+
+def test_local_terms_read_their_own_rows_of_the_match(pairs, models):
+    seen = {}
+
+    def probe(name):
+        def objective(left, right, match, rows=None):
+            seen[name] = match, rows
+            return (left.square().sum() + right.square().sum()) * 0
+
+        return objective
+
+    terms = tuple(
+        Term(name=name, objective=probe(name), features=features, match=True, by_rows=by_rows)
+        for name, features, by_rows in (
+            ("whole", STUDENT_PAIR, False),
+            ("whole texts", STUDENT_PAIR[::-1], False),
+            ("images", STUDENT_PAIR, True),
+            ("texts", STUDENT_PAIR[::-1], True),
+        )
+    )
+    options = {"gather": lambda rows: torch.cat([rows] * 3), "local": True, "share": third_of_three}
+    batch = batch_of(sequence_of(pairs, {"student": models["student"]}), ALL)
+    # The first image also has the third one's caption, which does not have its.
+    batch.own_ids[0, 1] = batch.caption_ids[2]
+    compared = Distiller(models["student"], terms, {}, **options)(batch)
+    assert compared.local == {"images", "texts"}
+    whole, own = seen["whole"][0], slice(10, 15)
+    assert whole.shape == (15, 15)
+    assert not torch.equal(whole, whole.T)
+    assert seen["whole"][1] is None
+    assert torch.equal(seen["whole texts"][0], whole.T)
+    assert (seen["images"][1], seen["texts"][1]) == (own, own)
+    for name, (first, second) in (("images", (whole[own], whole.T[own])), ("texts", (whole.T[own], whole[own]))):
+        assert torch.equal(seen[name][0][0], first)
+        assert torch.equal(seen[name][0][1], second)
+
+
+def test_reported_losses_are_the_mean_and_keep_the_own_gradient(pairs, models):
+    """`mean` decides the value; a loss that is not finite on another rank shows here, too."""
+    batch = batch_of(sequence_of(pairs, {"student": models["student"]}), ALL)
+    terms = by_rows_terms("info_nce", match=True)
+    plain = Distiller(models["student"], terms, {})(batch)
+    other = Distiller(models["student"], terms, {}, local=True, mean=lambda losses: losses / 3 + 0.1)(batch)
+    torch.testing.assert_close(other.losses["info_nce"], plain.losses["info_nce"] / 3 + 0.1)
+    expected, found = (torch.autograd.grad(c.losses["info_nce"], c.anchors["image"])[0] for c in (plain, other))
+    torch.testing.assert_close(found, expected)
+    broken = Distiller(models["student"], terms, {}, local=True, mean=lambda losses: losses * float("inf"))(batch)
+    assert not broken.losses["info_nce"].isfinite()
+
+
+class Shapes(TorchDispatchMode):
+    """Records the shape of whatever any operation makes, those of the backward pass included."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        self.seen |= {tuple(leaf.shape) for leaf in tree_leaves(made) if isinstance(leaf, torch.Tensor)}
+        return made
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_local_terms_make_no_whole_matrix(local, pairs, models):
+    """Neither logits nor matches: with 9 ranks of 5 captions, 5 x 45 at most."""
+    models["student"] = tiny_student(logit_bias=-3.0)
+    batch = batch_of(sequence_of(pairs, models), ALL)
+    distiller = distiller_of(
+        models,
+        ALL_BY_ROWS,
+        local=local,
+        gather=lambda rows: torch.cat([rows] * 9),
+        share=lambda rows: (slice(0, len(rows)), 9),
+    )
+    features = distiller.student_features(batch)
+    with Shapes() as made:
+        uniform(distiller, distiller.compare(features, batch).losses).backward()
+    assert ((5, 45) in made.seen) == local
+    assert any(shape.count(45) > 1 for shape in made.seen) != local

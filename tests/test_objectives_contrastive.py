@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import open_clip
@@ -10,6 +11,8 @@ import torch
 from helpers import properties, references
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from vlkd.errors import UserError
 from vlkd.objectives import info_nce, interactive_contrastive, siglip
@@ -29,6 +32,28 @@ OBJECTIVES = {
     "siglip": (partial(siglip, logit_scale=10.0, logit_bias=-10.0), {0, 1}),
     "interactive_contrastive": (partial(interactive_contrastive, logit_scale=14.0), {0}),
 }
+
+BY_ROWS = {
+    "info_nce": lambda a, b, s, c, **options: info_nce(a, b, s, **options),
+    "siglip": siglip,
+    "interactive_contrastive": lambda a, b, s, c, **options: interactive_contrastive(a, b, s, **options),
+}
+"""With one signature: inputs, scale, bias."""
+
+
+def own_rows(match: Tensor | None, rows: slice) -> tuple[Tensor, Tensor] | None:
+    return None if match is None else (match[rows], match.T[rows])
+
+
+def partitions(size: int, number: int, seed: int = 0) -> list[list[slice]]:
+    """Consecutive slices between random cuts, the same cut twice among them; the whole as one part first."""
+    generator = np.random.default_rng(seed)
+    found = [[slice(0, size)], [slice(0, 0), slice(0, size), slice(size, size)]]
+    for _ in range(number):
+        cuts = [0, *sorted(generator.integers(0, size + 1, size=generator.integers(1, 5)).tolist()), size]
+        found.append([slice(begin, end) for begin, end in pairwise(cuts)])
+    assert any(part.start == part.stop for parts in found for part in parts)
+    return found
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -171,3 +196,105 @@ def test_float32_precision_survives_a_large_scale_under_autocast():
         actual = info_nce(image.float(), text.float(), 100.0).item()
     expected = references.info_nce(image.numpy(), text.numpy(), 100.0, np.eye(BATCH, dtype=bool))
     assert actual == pytest.approx(expected, rel=1e-5)
+
+
+def asymmetric(size: int) -> Tensor:
+    """Random pairs, so that reading the rows of a transpose the wrong way round shows."""
+    return torch.rand(size, size, generator=torch.Generator().manual_seed(4)) < 0.3
+
+
+@pytest.mark.parametrize("match", [None, repeated_captions(), asymmetric(BATCH)], ids=["pairs", "repeated", "any"])
+@pytest.mark.parametrize("name", BY_ROWS)
+def test_parts_of_any_partition_add_up_to_the_whole(name, match):
+    """Values and gradients of every input, in float64."""
+    objective = BY_ROWS[name]
+    inputs = properties.embeddings((BATCH, WIDTH), (BATCH, WIDTH), seed=5)
+    inputs += [torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (7.0, -2.0)]
+
+    def differentiated(loss):
+        return torch.autograd.grad(loss, inputs, retain_graph=True, materialize_grads=True, allow_unused=True)
+
+    whole = objective(*inputs, match=match)
+    expected = differentiated(whole)
+    assert expected[0].abs().max() > 1e-3
+    for parts in partitions(BATCH, 20):
+        losses = [objective(*inputs, match=own_rows(match, rows), rows=rows) for rows in parts]
+        assert all(loss.shape == () for loss in losses)
+        torch.testing.assert_close(sum(losses), whole, rtol=1e-12, atol=1e-12)
+        summed = [sum(of_parts) for of_parts in zip(*map(differentiated, losses), strict=True)]
+        torch.testing.assert_close(summed, list(expected), rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", BY_ROWS)
+def test_the_mean_over_ranks_of_unequal_parts_is_the_whole(name):
+    """W L_part, though no part is the mean over its own rows."""
+    inputs = [*properties.embeddings((BATCH, WIDTH), (BATCH, WIDTH)), 7.0, -2.0]
+    parts = [slice(0, 1), slice(1, 1), slice(1, BATCH)]
+    losses = [3 * BY_ROWS[name](*inputs, rows=rows) for rows in parts]
+    torch.testing.assert_close(torch.stack(losses).mean(), BY_ROWS[name](*inputs))
+    assert losses[1].item() == 0
+
+
+@pytest.mark.parametrize("name", BY_ROWS)
+def test_properties_of_parts(name):
+    # Reordering the batch moves rows into other parts; all else is as for the whole.
+    objective, students = OBJECTIVES[name]
+    part = partial(objective, rows=slice(1, 4))
+    inputs = properties.embeddings((BATCH, WIDTH), (BATCH, WIDTH))
+    properties.assert_ignores_length(part, inputs)
+    properties.assert_gradient_reaches(part, inputs, students)
+    properties.assert_float32_under_autocast(part, inputs)
+    properties.assert_finite_at_extremes(part, [(BATCH, WIDTH), (BATCH, WIDTH)], sorted(students))
+
+
+class Shapes(TorchDispatchMode):
+    """Records the shape of whatever any operation makes, those of the backward pass included."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        self.seen |= {tuple(leaf.shape) for leaf in tree_leaves(made) if isinstance(leaf, Tensor)}
+        return made
+
+
+@pytest.mark.parametrize("marked", [False, True])
+@pytest.mark.parametrize("name", BY_ROWS)
+def test_rows_never_make_the_whole_matrix(name, marked):
+    size, width, rows = 23, 5, slice(4, 7)
+    inputs = properties.embeddings((size, width), (size, width), dtype=torch.float32)
+    match = own_rows(asymmetric(size), rows) if marked else None
+    with Shapes() as made:
+        BY_ROWS[name](*inputs, 7.0, -2.0, match=match, rows=rows).backward()
+    assert (3, size) in made.seen
+    assert max(map(math.prod, made.seen)) == size * width
+    with Shapes() as whole:
+        BY_ROWS[name](*inputs, 7.0, -2.0, match=asymmetric(size) if marked else None).backward()
+    assert (size, size) in whole.seen
+
+
+@pytest.mark.parametrize("rows", [slice(4, 9), slice(-2, 6), slice(None), slice(0, 6, 2), slice(4, 2), slice(7, 7)])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_refuses_rows_outside_the_batch(name, rows):
+    with pytest.raises(UserError, match=r"of a batch of 6; expected slice\(start, stop\) inside it"):
+        OBJECTIVES[name][0](torch.ones(BATCH, 3), torch.ones(BATCH, 3), rows=rows)
+
+
+def test_refuses_rows_of_an_empty_batch():
+    with pytest.raises(UserError, match="of a batch of 0"):
+        info_nce(torch.ones(0, 3), torch.ones(0, 3), 1.0, rows=slice(0, 0))
+
+
+@pytest.mark.parametrize(
+    "match", [IDENTITY, IDENTITY[:2], (IDENTITY[:2], IDENTITY), (IDENTITY[:2],), (IDENTITY[:2], IDENTITY[:2].float())]
+)
+def test_refuses_a_match_that_is_no_pair_of_own_rows(match):
+    with pytest.raises(UserError, match=r"expected \(2, 6\) of torch.bool, and again for the transpose"):
+        info_nce(torch.ones(BATCH, 3), torch.ones(BATCH, 3), 1.0, match=match, rows=slice(0, 2))
+
+
+def test_refuses_a_pair_for_the_whole_batch():
+    with pytest.raises(UserError, match=r"expected \(6, 6\) of torch.bool, true"):
+        info_nce(torch.ones(BATCH, 3), torch.ones(BATCH, 3), 1.0, match=(IDENTITY, IDENTITY))

@@ -17,7 +17,7 @@ from vlkd.models.base import DualEncoderModule
 from vlkd.models.composite import CompositeModel
 from vlkd.models.spec import CompositeSpec, build_composite
 from vlkd.models.tokenizer import train_tokenizer
-from vlkd.objectives import class_kl, embedding_mse, info_nce, relational_kl
+from vlkd.objectives import class_kl, embedding_mse, info_nce, interactive_contrastive, relational_kl, siglip
 
 TEXTS: Sequence[Sequence[str]] = (CAPTIONS[:2], CAPTIONS[2:3], (), CAPTIONS[3:], CAPTIONS[2:3], (), CAPTIONS[:1], ())
 """Three images are unlabelled; two others share their only caption."""
@@ -35,7 +35,7 @@ CONTRASTIVE = Term(
 )
 
 
-def tiny_student(seed: int = 0) -> CompositeModel:
+def tiny_student(seed: int = 0, logit_bias: float | None = None) -> CompositeModel:
     """32 px, width 12, timm's `test_vit`: layer norms alone, so that rows do not depend on their batch."""
     torch.manual_seed(seed)
     spec = CompositeSpec(
@@ -47,6 +47,7 @@ def tiny_student(seed: int = 0) -> CompositeModel:
         text_heads=2,
         context_length=12,
         width=12,
+        logit_bias=logit_bias,
     )
     model = build_composite(spec, tokenizer=tiny_tokenizer(), name="student")
     assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
@@ -121,6 +122,34 @@ def class_terms(*teachers: str) -> tuple[Term, ...]:
         )
         for teacher in teachers
         for side, other in (("image", "text"), ("text", "image"))
+    )
+
+
+def by_rows_terms(objective: str, match: bool) -> tuple[Term, ...]:
+    """Terms that ranks may share by rows: "info_nce", "siglip", "interactive" (two teachers) or "images" (no texts)."""
+    if objective in ("info_nce", "siglip"):
+        bias = ("student.logit_bias",) if objective == "siglip" else ()
+        return (
+            Term(
+                name=objective,
+                objective=siglip if bias else info_nce,
+                features=(*STUDENT_PAIR, "student.logit_scale", *bias),
+                match=match,
+                by_rows=True,
+            ),
+        )
+    sides = (("image", "text"), ("text", "image")) if objective == "interactive" else (("image", "image"),)
+    return tuple(
+        Term(
+            name=f"{teacher}/{side}~{other}",
+            objective=interactive_contrastive,
+            features=(f"projected.{side}.embed", f"teacher.{other}.embed", "student.logit_scale"),
+            teacher=teacher,
+            match=match,
+            by_rows=True,
+        )
+        for teacher in ("one", "two")
+        for side, other in sides
     )
 
 

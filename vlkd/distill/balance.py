@@ -1,7 +1,8 @@
 """The weight of each teacher in one step, from the losses and from their gradients at the student's embedding.
 
 Gradients are compared at the anchor, the student's shared embedding before any head: behind the heads each teacher
-has a space of its own. They come from the loss of the global batch, so that every rank holds the same ones.
+has a space of its own. They are of the loss of the global batch, so that every rank holds the same ones: where ranks
+compute their own rows of a loss alone, gradients are averaged over ranks before they are multiplied.
 """
 
 from __future__ import annotations
@@ -30,11 +31,15 @@ class Balance:
     figures: dict[str, float]
 
 
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 def balance_teachers(
     terms: Sequence[Term],
     compared: Compared,
     weighting: Weighting,
-    agree: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    agree: Callable[[Tensor], Tensor] = _unchanged,
 ) -> Balance:
     """One weight per teacher for the terms of each anchor: image, text, or both together.
 
@@ -66,7 +71,8 @@ def balance_teachers(
         gramian = None
         if weighting.gradients and len(losses) > 1:
             at = [compared.anchors[side] for side in anchor]
-            gramian = agree(gradient_gramian(list(losses.values()), at)).cpu().numpy()
+            averaged = agree if compared.local & group.keys() else _unchanged
+            gramian = agree(gradient_gramian(list(losses.values()), at, averaged)).cpu().numpy()
         found = weighting.weigh(name, values, gramian) if len(losses) > 1 else [1.0]
         alpha = dict(zip(losses, map(float, found), strict=True))
         weights |= {term.name: alpha[term.teacher] for term in group.values() if term.teacher in alpha}
@@ -87,7 +93,9 @@ def losses_of_teachers(group: Mapping[str, Term], losses: Mapping[str, Tensor]) 
     return found
 
 
-def gradient_gramian(losses: Sequence[Tensor], anchors: Sequence[Tensor]) -> Tensor:
+def gradient_gramian(
+    losses: Sequence[Tensor], anchors: Sequence[Tensor], averaged: Callable[[Tensor], Tensor] = _unchanged
+) -> Tensor:
     r"""The inner products of the losses' gradients at the anchors: (M, M) float64.
 
     .. math:: G_{mn} = \sum_i \langle \partial L_m / \partial z_i,\; \partial L_n / \partial z_i \rangle
@@ -95,9 +103,16 @@ def gradient_gramian(losses: Sequence[Tensor], anchors: Sequence[Tensor]) -> Ten
     Gradients are taken per sample and not averaged over the batch first, as AE-KD's public code does with logits of
     fixed classes: with class vectors that change from batch to batch the mean would say little. The towers are not
     entered: each gradient costs one pass backward through a loss and a head.
+
+    Args:
+        losses: M of them, ().
+        anchors: z, embeddings.
+        averaged: the mean over ranks, where a rank's losses are of its own rows alone. It is taken of the gradients,
+            (M, N): a mean of Gramians would miss the products between ranks.
     """
     gradients = [torch.autograd.grad(loss, anchors, retain_graph=True, materialize_grads=True) for loss in losses]
-    gradients_MN = torch.stack([torch.cat([part.flatten() for part in parts]) for parts in gradients]).double()
+    gradients_MN = averaged(torch.stack([torch.cat([part.flatten() for part in parts]) for parts in gradients]))
+    gradients_MN = gradients_MN.double()
     return gradients_MN @ gradients_MN.T
 
 

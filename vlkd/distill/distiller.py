@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +22,16 @@ class Compared(NamedTuple):
     """What a batch gives.
 
     Attributes:
-        losses: the raw loss of each term, (); a term without any captioned sample is left out.
+        losses: the raw loss of each term over the batches of all ranks, (), the same on each; a term without any
+            captioned sample is left out.
         anchors: per side the student's embeddings of the whole batch, (B, D) or (T, D), before any head.
+        local: names of the terms whose gradient differs between ranks, their mean being that of the loss; every other
+            term has the gradient of the loss on every rank.
     """
 
     losses: dict[str, Tensor]
     anchors: dict[str, Tensor]
+    local: frozenset[str] = frozenset()
 
 
 class Distiller(nn.Module):
@@ -43,6 +47,10 @@ class Distiller(nn.Module):
         towers: the features of frozen student towers, where only the projections are trained.
         banks: per teacher its class vectors by feature name, (K, D); a teacher without one takes the batch's.
         gather: collects the rows of all ranks, with gradients; the identity on one rank.
+        local: each of W ranks computes its own rows alone of the terms that are `by_rows`: B / W times B logits instead
+            of B times B, the same losses and gradients.
+        share: given this rank's rows, where they lie among those that `gather` collects, and W.
+        mean: of a tensor over ranks, the same bits on each, without gradient; the identity on one rank.
 
     Raises:
         UserError: a term asks for a feature or a teacher that is not there.
@@ -57,6 +65,9 @@ class Distiller(nn.Module):
         towers: CachedTeacher | None = None,
         banks: Mapping[str, Mapping[str, Tensor]] | None = None,
         gather: Callable[[Tensor], Tensor] = lambda rows: rows,
+        local: bool = False,
+        share: Callable[[Tensor], tuple[slice, int]] = lambda rows: (slice(0, len(rows)), 1),
+        mean: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     ) -> None:
         super().__init__()
         self.student = student
@@ -65,6 +76,9 @@ class Distiller(nn.Module):
         self.towers = towers
         self.banks = dict(banks or {})
         self.gather = gather
+        self.share = share
+        self.mean = mean
+        self.local = frozenset(term.name for term in self.terms if local and term.by_rows)
         check_terms(self.terms, student, self.teachers)
         self.wanted_of_student = wanted(self.terms, "student")
         self.wanted_of_teachers = {name: wanted(self.terms, "teacher", name) for name in self.teachers}
@@ -93,7 +107,7 @@ class Distiller(nn.Module):
     def compare(self, features: Mapping[str, Tensor], batch: Batch) -> Compared:
         """The losses of the batches of all ranks together, from this rank's features of the student."""
         captioned = self.gather(batch.captioned)
-        match = self._match(batch) if any(term.match for term in self.terms) else None
+        matches, shares = self._matches(batch), self._shares(batch)
         own = self._gathered(features)
         known = {f"student.{name}": value for name, value in own.items()}
         for name, teacher in self.teachers.items():
@@ -107,9 +121,15 @@ class Distiller(nn.Module):
             inputs = [self._input(term, feature, known, captioned) for feature in term.features]
             if any(len(value) == 0 for value in inputs if value.dim()):
                 continue
-            losses[term.name] = term.objective(*inputs, **_match_of(term, match)).mean()
+            options = self._match_of(term, matches)
+            if term.name in self.local:
+                rows, ranks = shares[term.needs_caption]
+                # The ranks' parts add up to the loss, and gradients are averaged over ranks.
+                losses[term.name] = ranks * term.objective(*inputs, rows=rows, **options)
+            else:
+                losses[term.name] = term.objective(*inputs, **options).mean()
         anchors = {name.partition(".")[0]: value for name, value in own.items() if name.endswith(".embed")}
-        return Compared(losses, anchors)
+        return Compared(self._agreed(losses), anchors, self.local)
 
     def total(self, losses: Mapping[str, Tensor], teacher_weights: Mapping[str, float]) -> Tensor:
         """The weighted sum of the losses of one batch, (); zero where no sample takes part in any term.
@@ -131,10 +151,46 @@ class Distiller(nn.Module):
             name: self.gather(features[name]) if features[name].dim() else features[name] for name in sorted(features)
         }
 
-    def _match(self, batch: Batch) -> Tensor:
-        """(T, T), true where text j is one of image i's captions."""
-        captions = self.gather(batch.caption_ids)
-        return (self.gather(batch.own_ids)[:, None, :] == captions[None, :, None]).any(dim=-1)
+    def _shares(self, batch: Batch) -> dict[bool, tuple[slice, int]]:
+        """For local terms that need captions (True) or not, this rank's rows among those of all W ranks, and W."""
+        asked = {term.needs_caption for term in self.terms if term.name in self.local}
+        return {needs: self.share(batch.caption_ids if needs else batch.captioned) for needs in sorted(asked)}
+
+    def _matches(self, batch: Batch) -> dict[bool, tuple[Tensor, Tensor]]:
+        """Which captions are among which image's, images by texts and texts by images, as far as terms ask for it.
+
+        Under False for all T rows, (T, T) each; under True for this rank's t rows alone, (t, T) each.
+        """
+        asked = {term.name in self.local for term in self.terms if term.match}
+        if not asked:
+            return {}
+        captions, owned = self.gather(batch.caption_ids), self.gather(batch.own_ids)
+        found: dict[bool, tuple[Tensor, Tensor]] = {}
+        if False in asked:
+            match = among(captions, owned)
+            found[False] = match, match.T
+        if True in asked:
+            found[True] = among(captions, batch.own_ids), among(batch.caption_ids, owned).T
+        return found
+
+    def _match_of(self, term: Term, matches: Mapping[bool, tuple[Tensor, Tensor]]) -> dict[str, Any]:
+        """`match` as the term reads it: rows are of the modality of its first feature."""
+        if not term.match:
+            return {}
+        local = term.name in self.local
+        first, second = reversed(matches[local]) if ".text." in term.features[0] else matches[local]
+        return {"match": (first, second) if local else first}
+
+    def _agreed(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The losses, local ones with the value of all ranks' rows and the gradient of this rank's."""
+        local = [name for name in losses if name in self.local]
+        if not local:
+            return losses
+        values = self.mean(torch.stack([losses[name].detach() for name in local]))
+        # What is added is exactly 0: ranks that decide by these values must find the same bits.
+        return losses | {
+            name: value + (losses[name] - losses[name].detach()) for name, value in zip(local, values, strict=True)
+        }
 
     def _class_vectors(self, name: str, targets: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """The class vectors that the terms of a teacher read: of its bank, or of the batch, equal ones merged."""
@@ -167,12 +223,12 @@ def first_of_each(ids: Tensor) -> Tensor:
     return first[first < len(ids)].sort().values
 
 
-def _match_of(term: Term, match: Tensor | None) -> dict[str, Tensor]:
-    """`match` as the term reads it: rows are of the modality of its first feature."""
-    if not term.match:
-        return {}
-    assert match is not None
-    return {"match": match.T if ".text." in term.features[0] else match}
+def among(ids_T: Tensor, sets_SP: Tensor) -> Tensor:
+    """Whether id t is in set s: (S, T) bool, in a few times its memory, whatever P is."""
+    found_ST = torch.zeros(len(sets_SP), len(ids_T), dtype=torch.bool, device=ids_T.device)
+    for members_S in sets_SP.unbind(dim=1):
+        found_ST |= members_S[:, None] == ids_T
+    return found_ST
 
 
 def check_terms(terms: Sequence[Term], student: DualEncoderModule, teachers: Mapping[str, Teacher]) -> None:

@@ -30,6 +30,9 @@ class Term:
         teacher: whose features `teacher.`, `projected.` and `classes.` mean; "" for none.
         match: pass `match` (B, B) to the objective, true where row i of the first feature and row j of the other
             modality belong together: the text is one of the image's captions, drawn or not.
+        by_rows: the objective takes `rows`, a slice(start, stop) of the batch, and then returns the part of these rows
+            in its mean over the batch, (), so that the parts add up; with `match` it gets (match[rows], match.T[rows]).
+            A distiller may then have each rank compute its own rows alone.
     """
 
     name: str
@@ -38,6 +41,7 @@ class Term:
     weight: float = 1.0
     teacher: str = ""
     match: bool = False
+    by_rows: bool = False
 
     def __post_init__(self) -> None:
         for feature in self.features:

@@ -29,23 +29,37 @@ def gather_rows(rows: Tensor) -> Tensor:
     """The rows of every rank, rank after rank; ranks may hold different numbers of them.
 
     Gradients flow back to each rank's own rows, summed over the ranks' losses. Each rank computes the loss of the whole
-    global batch, so the mean over ranks that data parallelism takes is the gradient of that loss.
+    global batch, or a loss of which that one is the mean over ranks, so the mean over ranks that data parallelism takes
+    of the gradients is the gradient of that loss.
     """
     if alone():
         return rows
-    world_size = dist.get_world_size()
-    counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(world_size)]
-    dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
-    sizes = [int(count) for count in counts]
+    sizes = _row_counts(rows)
     padded = torch.cat([rows, rows.new_zeros(max(sizes) - len(rows), *rows.shape[1:])])
     if padded.is_floating_point():
         parts = list(_AllGather.apply(padded))  # type: ignore[no-untyped-call]
     else:
         wire = padded.to(torch.uint8) if padded.dtype == torch.bool else padded
-        received = [torch.empty_like(wire) for _ in range(world_size)]
+        received = [torch.empty_like(wire) for _ in sizes]
         dist.all_gather(received, wire)
         parts = [part.to(padded.dtype) for part in received]
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+def own_rows(rows: Tensor) -> tuple[slice, int]:
+    """Where this rank's rows lie among those of every rank, as `gather_rows` collects them, and the number of ranks."""
+    if alone():
+        return slice(0, len(rows)), 1
+    sizes = _row_counts(rows)
+    begin = sum(sizes[: dist.get_rank()])
+    return slice(begin, begin + len(rows)), len(sizes)
+
+
+def _row_counts(rows: Tensor) -> list[int]:
+    """How many rows each rank holds."""
+    counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
+    return [int(count) for count in counts]
 
 
 def alone() -> bool:

@@ -1,4 +1,15 @@
-"""Contrastive objectives: every embedding finds its partner among the batch's embeddings of the other modality."""
+r"""Contrastive objectives: every embedding finds its partner among the batch's embeddings of the other modality.
+
+Each is a sum over the rows of the batch, the anchors, divided by B. With `rows`, a slice of b of them, an objective
+returns the share of these rows and computes b x B logits, never B x B:
+
+.. math:: L = \tfrac1B \sum_{i=1}^{B} \ell_i, \qquad L_{\text{rows}} = \tfrac1B \sum_{i \in \text{rows}} \ell_i,
+    \qquad \sum_{\text{parts}} L_{\text{part}} = L
+
+for any partition of the rows into parts of whatever sizes, empty ones included. So W ranks that hold the same gathered
+embeddings may each take their own rows: the mean over ranks of W L_part, and of its gradients, is that of L. `match` is
+then a pair, the own rows of Y and those of its transpose, each (b, B).
+"""
 
 from __future__ import annotations
 
@@ -7,10 +18,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlkd.errors import UserError
-from vlkd.objectives.embedding import check_paired, cosines
+from vlkd.objectives.embedding import check_paired, cosines, unit
+
+Match = Tensor | tuple[Tensor, Tensor]
+"""Y, (B, B) bool, true where row i of the first and row j of the second input belong together; with `rows`, the pair
+(Y[rows], Y.T[rows]), each (b, B). The diagonal of Y counts as true."""
 
 
-def info_nce(image_BD: Tensor, text_BD: Tensor, logit_scale: Tensor | float, *, match: Tensor | None = None) -> Tensor:
+def info_nce(
+    image_BD: Tensor,
+    text_BD: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    match: Match | None = None,
+    rows: slice | None = None,
+) -> Tensor:
     r"""Symmetric cross entropy over the pairs of a batch: (), the loss of CLIP.
 
     .. math::
@@ -30,15 +52,17 @@ def info_nce(image_BD: Tensor, text_BD: Tensor, logit_scale: Tensor | float, *, 
         image_BD: v, image embeddings, (B, D).
         text_BD: w, text embeddings, row i belonging to image i, (B, D).
         logit_scale: s > 0, the factor on cosines (1 / tau, already exponentiated), ().
-        match: Y, (B, B) bool, true where image i and text j belong together; the diagonal counts as true.
+        match: Y, true where image i and text j belong together, or its own rows; see `Match`.
+        rows: slice(start, stop) of the batch; the part of the loss whose anchors these images and these texts are.
 
     Raises:
-        UserError: The embeddings differ in shape, or `match` is not a (B, B) bool tensor.
+        UserError: The embeddings differ in shape, `match` is not bool of the shape above, or `rows` leave the batch.
     """
     check_paired(image_BD, text_BD, "info_nce", ("image", "text"))
-    logits_BB = logit_scale * cosines(image_BD, text_BD)
-    positives = _positives(logits_BB, match)
-    return (_cross_entropy(logits_BB, positives) + _cross_entropy(logits_BB.T, positives.T)) / 2
+    to_texts, to_images = _positives(match, rows, image_BD)
+    texts_bB = logit_scale * _cosines_of(rows, image_BD, text_BD)
+    images_bB = texts_bB.T if rows is None else logit_scale * _cosines_of(rows, text_BD, image_BD)
+    return (_cross_entropy(texts_bB, to_texts) + _cross_entropy(images_bB, to_images)) / 2
 
 
 def siglip(
@@ -47,7 +71,8 @@ def siglip(
     logit_scale: Tensor | float,
     logit_bias: Tensor | float,
     *,
-    match: Tensor | None = None,
+    match: Match | None = None,
+    rows: slice | None = None,
 ) -> Tensor:
     r"""Binary cross entropy of each image-text pair of a batch, summed over texts, averaged over images: ().
 
@@ -63,19 +88,26 @@ def siglip(
         text_BD: w, text embeddings, row i belonging to image i, (B, D).
         logit_scale: s > 0, the factor on cosines, already exponentiated, ().
         logit_bias: b, added to the scaled cosines, ().
-        match: Y, (B, B) bool, true where image i and text j belong together; the diagonal counts as true.
+        match: Y, true where image i and text j belong together, or its own rows; see `Match`.
+        rows: slice(start, stop) of the batch; the part of the loss that belongs to these images.
 
     Raises:
-        UserError: The embeddings differ in shape, or `match` is not a (B, B) bool tensor.
+        UserError: The embeddings differ in shape, `match` is not bool of the shape above, or `rows` leave the batch.
     """
     check_paired(image_BD, text_BD, "siglip", ("image", "text"))
-    logits_BB = logit_scale * cosines(image_BD, text_BD) + logit_bias
-    sign_BB = _positives(logits_BB, match).to(logits_BB.dtype) * 2 - 1
-    return -F.logsigmoid(sign_BB * logits_BB).sum() / len(logits_BB)
+    positives_bB, _ = _positives(match, rows, image_BD)
+    logits_bB = logit_scale * _cosines_of(rows, image_BD, text_BD) + logit_bias
+    sign_bB = positives_bB.to(logits_bB.dtype) * 2 - 1
+    return -F.logsigmoid(sign_bB * logits_bB).sum() / len(image_BD)
 
 
 def interactive_contrastive(
-    student_BD: Tensor, teacher_BD: Tensor, logit_scale: Tensor | float, *, match: Tensor | None = None
+    student_BD: Tensor,
+    teacher_BD: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    match: Match | None = None,
+    rows: slice | None = None,
 ) -> Tensor:
     r"""The student's embeddings of one modality find their partners among the teacher's of the other: ().
 
@@ -95,30 +127,61 @@ def interactive_contrastive(
         student_BD: x, the student's embeddings of one modality, projected to the teacher's width if need be, (B, D).
         teacher_BD: t, the teacher's embeddings of the other modality, row i belonging to row i, (B, D); constant.
         logit_scale: s > 0, the factor on cosines, already exponentiated, ().
-        match: Y, (B, B) bool, true where rows i and j belong together; the diagonal counts as true.
+        match: Y, true where rows i and j belong together, or its own rows; see `Match`.
+        rows: slice(start, stop) of the batch; the part of the loss whose anchors these rows of the student are.
 
     Raises:
-        UserError: The embeddings differ in shape, or `match` is not a (B, B) bool tensor.
+        UserError: The embeddings differ in shape, `match` is not bool of the shape above, or `rows` leave the batch.
     """
     check_paired(student_BD, teacher_BD, "interactive_contrastive", ("student", "teacher"))
-    logits_BB = logit_scale * cosines(student_BD, teacher_BD.detach())
-    return _cross_entropy(logits_BB, _positives(logits_BB, match))
+    positives_bB, _ = _positives(match, rows, student_BD)
+    return _cross_entropy(logit_scale * _cosines_of(rows, student_BD, teacher_BD.detach()), positives_bB)
 
 
-def _positives(logits_BB: Tensor, match: Tensor | None) -> Tensor:
-    """Which pairs belong together, (B, B) bool, the diagonal always among them."""
-    identity = torch.eye(len(logits_BB), dtype=torch.bool, device=logits_BB.device)
+def _cosines_of(rows: slice | None, anchors_BD: Tensor, candidates_BD: Tensor) -> Tensor:
+    """The cosines of some anchors, all by default, with all candidates: (b, B), as `cosines` gives them.
+
+    There may be no such anchor: a rank without captions takes part in the backward pass like the others.
+    """
+    if rows is None:
+        return cosines(anchors_BD, candidates_BD)
+    with torch.autocast(anchors_BD.device.type, enabled=False):
+        anchors, candidates = unit(anchors_BD[rows]), unit(candidates_BD)
+        wide = torch.promote_types(anchors.dtype, candidates.dtype)
+        return anchors.to(wide) @ candidates.to(wide).T
+
+
+def _positives(match: Match | None, rows: slice | None, batch_BD: Tensor) -> tuple[Tensor, Tensor]:
+    """Which pairs belong together, the diagonal always among them: the rows of Y and of its transpose, (b, B) bool."""
+    numbers = torch.arange(len(batch_BD), device=batch_BD.device)
+    own = numbers if rows is None else numbers[_checked(rows, len(numbers))]
+    identity_bB = own[:, None] == numbers
     if match is None:
-        return identity
-    if match.shape != logits_BB.shape or match.dtype != torch.bool:
+        return identity_bB, identity_bB
+    given: tuple[Tensor, ...] = match if isinstance(match, tuple) else (match,)
+    if len(given) != (1 if rows is None else 2) or any(
+        part.shape != identity_bB.shape or part.dtype != torch.bool for part in given
+    ):
+        found = " and ".join(f"{tuple(part.shape)} of {part.dtype}" for part in given)
+        again = "" if rows is None else ", and again for the transpose, as `rows` ask for"
         raise UserError(
-            f"match is {tuple(match.shape)} of {match.dtype}; expected {tuple(logits_BB.shape)} of torch.bool, true "
-            "where two rows of the batch belong together."
+            f"match is {found}; expected {tuple(identity_bB.shape)} of torch.bool{again}, true where two rows of the "
+            "batch belong together."
         )
-    return match | identity
+    first_bB = given[0] | identity_bB
+    return first_bB, first_bB.T if rows is None else given[1] | identity_bB
 
 
-def _cross_entropy(logits_BB: Tensor, positives_BB: Tensor) -> Tensor:
-    """Cross entropy of each row's softmax against the even distribution over its positives, averaged over rows."""
-    target_BB = positives_BB.to(logits_BB.dtype)
-    return F.cross_entropy(logits_BB, target_BB / target_BB.sum(dim=1, keepdim=True))
+def _checked(rows: slice, size: int) -> slice:
+    """The same slice, unless it would be cut: parts that overlap or leave rows out would add up to another loss."""
+    begin, end, step = rows.indices(size)
+    if not size or (rows.start, rows.stop, step) != (begin, end, 1) or end < begin:
+        raise UserError(f"rows is {rows} of a batch of {size}; expected slice(start, stop) inside it.")
+    return rows
+
+
+def _cross_entropy(logits_bB: Tensor, positives_bB: Tensor) -> Tensor:
+    """Cross entropy of each row's softmax against the even distribution over its positives, summed, divided by B."""
+    target_bB = positives_bB.to(logits_bB.dtype)
+    target_bB = target_bB / target_bB.sum(dim=1, keepdim=True)
+    return F.cross_entropy(logits_bB, target_bB, reduction="sum") / logits_bB.shape[1]
