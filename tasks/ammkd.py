@@ -81,6 +81,7 @@ def terms(cfg: Ammkd) -> tuple[Term, ...]:
         features=("student.image.embed", "student.text.embed", "student.logit_scale"),
         weight=cfg.method.contrastive,
         match=True,
+        by_rows=True,
     )
     distilled = [
         Term(

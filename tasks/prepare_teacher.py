@@ -75,6 +75,7 @@ def terms(cfg: PrepareTeacher) -> tuple[Term, ...]:
         objective=info_nce,
         features=("student.image.embed", "student.text.embed", "student.logit_scale"),
         match=True,
+        by_rows=True,
     )
     return (contrastive, fusion(cfg)) if cfg.method.fusion else (contrastive,)
 

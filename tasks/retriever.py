@@ -72,6 +72,7 @@ def terms(cfg: Retriever) -> tuple[Term, ...]:
             features=("student.image.embed", "student.text.embed", "student.logit_scale"),
             weight=method.contrastive,
             match=True,
+            by_rows=True,
         )
     ]
     for teacher in cfg.teacher_names:
@@ -119,6 +120,7 @@ def relations(teacher: str, method: Method) -> list[Term]:
                 weight=method.interactive,
                 teacher=teacher,
                 match=True,
+                by_rows=True,
             )
             for side, other in (("image", "text"), ("text", "image"))
         ),

@@ -19,6 +19,7 @@ from vlkd.data.shard_rows import (
     Row,
     ShardHeader,
     ShardRows,
+    _checksum,
     columns_of,
     read_header,
     read_rows,
@@ -187,7 +188,8 @@ DEEP = "[" * 200_000
         {"problems": ["half"]},
         {"problem_list": "half"},
         {"problem_list": [1]},
-        {"file": None, "problem_list": None},
+        {"problem_list": None},
+        {"file": None},
         {"columns": -1},
         {"columns": 0},
         {"most_captions": 10**6, "captions": 10**6},
@@ -248,8 +250,6 @@ def test_columns_that_point_elsewhere_are_refused(name: str, value: np.ndarray |
         del hostile[name]
     else:
         hostile[name] = value
-    from vlkd.data.shard_rows import _checksum
-
     metadata["columns"] = _checksum(hostile)
     save_file(hostile, path, metadata={METADATA: json.dumps(metadata)})
     with pytest.raises(UserError, match="run `vlkd prep scan` again"):

@@ -243,7 +243,7 @@ def _run_all(tasks: Sequence[Task], workers: int) -> list[Done]:
                 raise UserError(f"No shard can be used, first: {bad[0]}")
             if len(bad) > allowed:
                 raise UserError(
-                    f"{len(bad)} of {len(tasks)} shards cannot be used, where {allowed} may be left out; first: {bad[0]} "
+                    f"{len(bad)} of {len(tasks)} shards cannot be used, {allowed} may be left out; first: {bad[0]} "
                     "Mend or remove them and scan again: what is indexed is not read again."
                 )
     return [found[number] for number in range(len(tasks))]

@@ -246,6 +246,8 @@ def _header(path: Path, text: str | None) -> tuple[ShardHeader, int]:
             raise ValueError(f"version {found.get('version')!r}, expected {VERSION}")
         values = {name.name: found[name.name] for name in fields(ShardHeader)}
         checksum, problems = found["columns"], values["problem_list"]
+        if not isinstance(values["file"], str):
+            raise ValueError("file is no text")
         if not isinstance(problems, list) or not all(isinstance(problem, str) for problem in problems):
             raise ValueError("problem_list is no list of texts")
         values["problem_list"] = tuple(problems)

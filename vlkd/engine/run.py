@@ -26,7 +26,7 @@ from vlkd.data.table import Table
 from vlkd.distill.distiller import Distiller
 from vlkd.distill.teachers import CachedTeacher
 from vlkd.distill.term import Term, wanted
-from vlkd.engine.distributed import gather_rows
+from vlkd.engine.distributed import gather_rows, mean_over_ranks, own_rows
 from vlkd.engine.checkpoint import whole_checkpoints
 from vlkd.engine.finish import Watched, finish
 from vlkd.engine.loop import train
@@ -88,7 +88,17 @@ def run_recipe(recipe: ModuleType, assignments: Sequence[str]) -> Path:
     stream = open_stream(config, table, plan, student, terms, teaching, towers, accelerator)
     banks = class_vector_banks(config, stream.sequence, teaching, accelerator)
     torch.manual_seed(config.seed + 1)
-    distiller = Distiller(student, terms, teaching.sources, towers=towers, banks=banks, gather=gather_rows)
+    distiller = Distiller(
+        student,
+        terms,
+        teaching.sources,
+        towers=towers,
+        banks=banks,
+        gather=gather_rows,
+        local=config.train.local_loss,
+        share=own_rows,
+        mean=mean_over_ranks,
+    )
     outcome = train(
         distiller,
         stream,
