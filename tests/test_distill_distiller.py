@@ -17,8 +17,7 @@ from helpers.distilling import (
     tiny_teachers,
 )
 from helpers.pairs import picture_pairs
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from helpers.shapes import Shapes
 
 from vlkd.data.views import ViewSettings
 from vlkd.distill.cache import CacheSpec, ensure_cache
@@ -367,19 +366,6 @@ def test_reported_losses_are_the_mean_and_keep_the_own_gradient(pairs, models):
     torch.testing.assert_close(found, expected)
     broken = Distiller(models["student"], terms, {}, local=True, mean=lambda losses: losses * float("inf"))(batch)
     assert not broken.losses["info_nce"].isfinite()
-
-
-class Shapes(TorchDispatchMode):
-    """Records the shape of whatever any operation makes, those of the backward pass included."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        self.seen |= {tuple(leaf.shape) for leaf in tree_leaves(made) if isinstance(leaf, torch.Tensor)}
-        return made
 
 
 @pytest.mark.parametrize("local", [False, True])

@@ -9,10 +9,9 @@ import open_clip
 import pytest
 import torch
 from helpers import properties, references
+from helpers.shapes import Shapes
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from vlkd.errors import UserError
 from vlkd.objectives import info_nce, interactive_contrastive, siglip
@@ -245,19 +244,6 @@ def test_properties_of_parts(name):
     properties.assert_gradient_reaches(part, inputs, students)
     properties.assert_float32_under_autocast(part, inputs)
     properties.assert_finite_at_extremes(part, [(BATCH, WIDTH), (BATCH, WIDTH)], sorted(students))
-
-
-class Shapes(TorchDispatchMode):
-    """Records the shape of whatever any operation makes, those of the backward pass included."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen: set[tuple[int, ...]] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        self.seen |= {tuple(leaf.shape) for leaf in tree_leaves(made) if isinstance(leaf, Tensor)}
-        return made
 
 
 @pytest.mark.parametrize("marked", [False, True])
