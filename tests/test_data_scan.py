@@ -157,7 +157,7 @@ def test_a_cut_shard_offers_whole_samples_alone(cut: int, tmp_path: Path) -> Non
     # The first sample needs 4 whole blocks and 16 bytes of the fifth; the second as much again.
     certain = (cut >= 4 * 512 + 16) + (cut >= 9 * 512 + 16)
     assert found in (expected[:certain], expected[: certain - 1])
-    assert set(rows.header.problems) & {"truncated", "no-end"}
+    assert bool(set(rows.header.problems) & {"truncated", "no-end"}) == (cut < 12 * 512)
     if found != expected[:certain]:
         assert "half" in rows.header.problems
 
@@ -431,7 +431,7 @@ def test_every_kind_of_shard_that_cannot_be_used(kind: str, tmp_path: Path) -> N
     assert [row.place for row in scan.left_out] == ["1.tar"]
     assert [entry.place for entry in scan.shards] == ["0.tar"]
     good.unlink()
-    with pytest.raises(UserError, match=r"No shard can be used|There is no \.tar"):
+    with pytest.raises(UserError, match=r"No shard can be used|no \.tar"):
         scan_shards([str(tmp_path / "1.tar")], tmp_path / "out", workers=1)
 
 
@@ -600,7 +600,7 @@ def test_the_command_reports_what_was_found(tmp_path: Path, capsys: pytest.Captu
     folder = tmp_path / "data"
     (folder / "000001.tar").unlink()
     make_tar(folder / "000002.tar", [("k6.jpg", b"1"), ("k7.json", b"{}"), ("k0.jpg", b"2")])
-    (folder / "more.tar").write_bytes((folder / "000003.tar").read_bytes()[:-2048])
+    (folder / "more.tar").write_bytes((folder / "000003.tar").read_bytes()[: 12 * 512])
     command(str(folder), "--workers", "1", "--json")
     found = json.loads(capsys.readouterr().out)
     assert (found["shards"], found["samples"], found["labelled"], found["captions"]) == (4, 11, 7, 7)
@@ -610,7 +610,7 @@ def test_the_command_reports_what_was_found(tmp_path: Path, capsys: pytest.Captu
     command(str(folder), "--workers", "1")
     table = capsys.readouterr().out
     for words in ("samples                   11  4 unlabelled", "no-image: 1;", "000002.tar: k7", "no-end: 1;",
-                  "names 000001.tar, which is not there", "warning: the key 'k0' is in"):  # fmt: skip
+                  "names 000001.tar, which is not there", "warning: the key 'k"):  # fmt: skip
         assert words in table
     (folder / "manifest.json").write_text("[" * 10**5)
     command(str(folder), "--workers", "1", "--json")

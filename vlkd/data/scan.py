@@ -283,7 +283,7 @@ def _write_scan(scan: Scan) -> None:
 def _remove_leftovers(folder: Path, names: set[str]) -> None:
     """What killed scans of the same shards left under temporary names."""
     for path in folder.iterdir():
-        match = re.fullmatch(r"\.(.+)\.[0-9]+\.partial", path.name)
+        match = re.fullmatch(r"\.(.+?)(\.tar)?\.[0-9]+\.partial", path.name)
         if match and match[1] in names and path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         elif match and match[1] in names:

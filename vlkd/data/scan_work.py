@@ -121,7 +121,7 @@ def _read_shard(task: Task) -> None:
         return
     from vlkd.data.download import download
 
-    folder = task.index.with_name(f".{task.index.name}.{os.getpid()}.partial")
+    folder = task.index.with_name(f".{task.index.name}.tar.{os.getpid()}.partial")
     try:
         download(task.place, folder / "shard.tar")
         scan_shard(folder / "shard.tar", task.index, name=task.name)

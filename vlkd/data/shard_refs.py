@@ -81,7 +81,8 @@ def natural(text: str) -> tuple[object, ...]:
     """A key that sorts the numbers in texts by value: `2.tar` before `10.tar`."""
     parts = re.split(r"([0-9]+)", text)
     numbers = [number.lstrip("0") for number in parts[1::2]]
-    return (*(item for text, n in zip(parts, [*numbers, ""], strict=False) for item in (text, len(n), n)), text)
+    pairs = zip(parts[::2], [*numbers, ""], strict=True)
+    return (*(item for words, number in pairs for item in (words, len(number), number)), text)
 
 
 def common_folder(places: Iterable[str]) -> Path:

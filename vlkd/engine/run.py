@@ -95,7 +95,7 @@ def run_recipe(recipe: ModuleType, assignments: Sequence[str]) -> Path:
         towers=towers,
         banks=banks,
         gather=gather_rows,
-        local=config.train.local_loss,
+        local=config.train.local_loss and accelerator.num_processes > 1,
         share=own_rows,
         mean=mean_over_ranks,
     )
