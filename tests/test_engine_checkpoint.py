@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import resource
+import signal
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from vlkd.engine.checkpoint import load_checkpoint, save_checkpoint, whole_checkpoints
+from vlkd.engine.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint, whole_checkpoints
 from vlkd.engine.log import MetricsLog
 from vlkd.engine.optim import parameter_groups
 from vlkd.errors import UserError
@@ -142,6 +148,80 @@ def test_a_save_that_fails_leaves_the_older_checkpoint(tmp_path):
         run.save(tmp_path, 4, unserialisable=object())
     assert whole_checkpoints(tmp_path) == [path]
     assert Run(1).load(path)["step"] == 3
+
+
+def file_too_large(monkeypatch):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def no_space_for_the_state(monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("pathlib.Path.write_text", refuse)
+    return monkeypatch.undo
+
+
+@pytest.mark.parametrize("fill", [file_too_large, no_space_for_the_state])
+def test_a_full_disk_ends_in_a_sentence_and_keeps_the_older_checkpoints(fill, tmp_path, monkeypatch):
+    run = Run(0)
+    kept = [run.save(tmp_path, step) for step in (3, 4)]
+    empty = fill(monkeypatch)
+    try:
+        with pytest.raises(UserError, match=r"step-00000005 cannot be written \(.*\).* make room"):
+            run.save(tmp_path, 5)
+    finally:
+        empty()
+    assert sorted(tmp_path.iterdir()) == kept
+    assert Run(1).load(kept[1])["step"] == 4
+    run.save(tmp_path, 5)
+    assert [path.name for path in whole_checkpoints(tmp_path)] == ["step-00000004", "step-00000005"]
+
+
+@pytest.mark.parametrize("written", range(5))
+def test_a_run_killed_while_it_saves_leaves_whole_checkpoints(written, tmp_path, monkeypatch):
+    """The process dies behind its first files, or all of them with the rename outstanding."""
+    run = Run(0)
+    kept = run.save(tmp_path, 3)
+    process = os.fork()
+    if process == 0:
+        count = iter(range(written))
+
+        def one_more(write):
+            def call(*arguments):
+                if next(count, None) is None:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return write(*arguments)
+
+            return call
+
+        monkeypatch.setattr("vlkd.engine.checkpoint.save_file", one_more(save_file))
+        monkeypatch.setattr("pathlib.Path.write_text", one_more(Path.write_text))
+        monkeypatch.setattr("pathlib.Path.replace", one_more(Path.replace))
+        run.save(tmp_path, 4)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
+    assert whole_checkpoints(tmp_path) == [kept]
+    assert newest_checkpoint(tmp_path) == kept
+    assert len(list(tmp_path.iterdir())) == 2
+    run.save(tmp_path, 4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
+
+
+def test_moments_are_found_by_the_names_of_their_parameters(tmp_path):
+    """Other groups, other order, a parameter that was never trained: each moment stands at its parameter."""
+    run, other = Run(0), Run(1)
+    run.module[4].bias.requires_grad_(False)
+    run.step()
+    path = run.save(tmp_path, 1)
+    assert "net.4.bias.exp_avg" not in load_file(str(path / "optimizer.safetensors"))
+    other.optimizer = torch.optim.AdamW([*other.module.parameters()][::-1], lr=3.0)
+    other.load(path)
+    for (name, left), right in zip(run.module.named_parameters(), other.module.parameters(), strict=True):
+        assert equal(run.optimizer.state.get(left), other.optimizer.state.get(right)), name
+    assert other.optimizer.param_groups[0]["lr"] == 3.0
 
 
 def damage_weights(path):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from vlkd.engine.distributed import clip_gradients
 from vlkd.engine.optim import AveragedWeights, clamp_logit_scale, learning_rate, parameter_groups
 
 
@@ -63,23 +64,35 @@ def test_averaged_weights_follow_their_recursion():
             averaged.update(module, step)
             decay = min(0.6, (1 + step) / (10 + step))
             expected = decay * expected + (1 - decay) * (step + 5.0)
-    assert float(averaged.module.weight[0]) == pytest.approx(expected, rel=1e-6)
-    assert int(averaged.module.num_batches_tracked) == 7
-    assert -7 < float(averaged.module.running_mean[0]) < -5
+    values = averaged.state_dict()
+    assert float(values["weight"][0]) == pytest.approx(expected, rel=1e-6)
+    assert int(values["num_batches_tracked"]) == 7
+    assert -7 < float(values["running_mean"][0]) < -5
 
 
-def test_averaged_weights_are_a_frozen_copy():
+def test_averaged_weights_are_copies_without_gradients():
     module = nn.Linear(2, 2).train()
     averaged = AveragedWeights(module, 0.9)
-    before = averaged.module.weight.clone()
+    before = module.weight.detach().clone()
     with torch.no_grad():
         module.weight.add_(1)
-    assert torch.equal(averaged.module.weight, before)
-    assert not averaged.module.training
-    assert not any(value.requires_grad for value in averaged.module.parameters())
-    assert module.weight.requires_grad
+    values = averaged.state_dict()
+    assert torch.equal(values["weight"], before)
+    assert not any(value.requires_grad for value in values.values())
     averaged.update(module, 0)
-    torch.testing.assert_close(averaged.module.weight, 0.1 * before + 0.9 * module.weight.detach())
+    torch.testing.assert_close(values["weight"], 0.1 * before + 0.9 * module.weight.detach())
+
+
+def test_clipping_whole_gradients_is_torchs_own():
+    modules = [nn.Linear(3, 4), nn.Linear(3, 4)]
+    modules[1].load_state_dict(modules[0].state_dict())
+    inputs = torch.randn(5, 3)
+    for module in modules:
+        module(inputs).square().sum().backward()
+    norm = clip_gradients(modules[0], 0.1)
+    assert torch.equal(norm, nn.utils.clip_grad_norm_(modules[1].parameters(), 0.1))
+    assert torch.equal(modules[0].weight.grad, modules[1].weight.grad)
+    assert float(norm) > 0.1
 
 
 @pytest.mark.parametrize(("value", "expected"), [(99.0, 99.0), (101.0, 100.0), (1e9, 100.0)])

@@ -1,12 +1,15 @@
-"""What ranks tell each other: rows with gradients, means, first weights."""
+"""What ranks tell each other: rows with gradients, means, first weights, what rank 0 decided."""
 
 from __future__ import annotations
 
+from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 class _AllGather(torch.autograd.Function):
@@ -82,13 +85,13 @@ def average_gradients(module: nn.Module) -> None:
     """Put the mean over ranks in place of every trained parameter's gradient; a missing one counts as zero.
 
     One flat message per dtype. A parameter that no rank used (a text tower in a batch without captions) is no special
-    case, which it is under `DistributedDataParallel`.
+    case, which it is under `DistributedDataParallel`. The gradients of sharded parameters are means already.
     """
     if alone():
         return
     by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
     for parameter in module.parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and not isinstance(parameter, DTensor):
             by_dtype.setdefault(parameter.dtype, []).append(parameter)
     for parameters in by_dtype.values():
         grads = [torch.zeros_like(one) if one.grad is None else one.grad for one in parameters]
@@ -103,10 +106,100 @@ def average_gradients(module: nn.Module) -> None:
 
 @torch.no_grad()
 def copy_from_first_rank(module: nn.Module) -> None:
-    """Give all ranks the weights and buffers of rank 0."""
+    """Give all ranks the weights and buffers of rank 0; before the module is sharded."""
     if alone():
         return
     for value in module.state_dict().values():
+        assert not isinstance(value, DTensor)
         dense = value.contiguous()
         dist.broadcast(dense, 0)
         value.copy_(dense)
+
+
+def rank() -> int:
+    """The number of this rank; 0 of the only one."""
+    return 0 if alone() else dist.get_rank()
+
+
+def first_rank() -> bool:
+    """Whether this is rank 0, or the only one."""
+    return rank() == 0
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """The part of a sharded tensor that this rank holds, in the same memory; a whole tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def clip_gradients(module: nn.Module, largest: float) -> Tensor:
+    """Scale all gradients together so that their norm is at most `largest`; returns the norm before, ().
+
+    Sharded and whole gradients enter one norm, the same bits on all ranks; without sharded ones this is
+    `torch.nn.utils.clip_grad_norm_`. It comes behind `average_gradients`.
+
+    Args:
+        module: what is trained.
+        largest: inf measures without clipping.
+    """
+    if not any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+        return nn.utils.clip_grad_norm_(module.parameters(), largest)
+    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+    whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+    parts = [own_part(gradient) for gradient in gradients if isinstance(gradient, DTensor)]
+    device = next(module.parameters()).device
+    square = _square(parts, device)
+    dist.all_reduce(square)
+    norm = (square + _square(whole, device)).sqrt().float()
+    factor = (largest / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in (*parts, *whole):
+        gradient.mul_(factor)
+    return norm
+
+
+def _square(tensors: list[Tensor], device: torch.device) -> Tensor:
+    norms = [torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors]
+    return torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64, device=device)
+
+
+@cache
+def _control_group(_world: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A group on the CPU, so that a word between ranks waits for no accelerator; rank 0 may evaluate for hours."""
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    return group
+
+
+def _control() -> dist.ProcessGroup:
+    world = dist.group.WORLD
+    assert world is not None
+    return _control_group(world)
+
+
+def agreed(flag: bool) -> bool:
+    """Rank 0's opinion, on all ranks; all of them call it."""
+    if alone():
+        return flag
+    word = torch.tensor([flag], dtype=torch.uint8)
+    dist.broadcast(word, 0, group=_control())
+    return bool(word)
+
+
+def first_ranks_text(text: str) -> str:
+    """Rank 0's text, on all ranks; all of them call it."""
+    if alone():
+        return text
+    words = torch.tensor(list(text.encode()), dtype=torch.uint8)
+    size = torch.tensor([len(words)])
+    dist.broadcast(size, 0, group=_control())
+    words = words if first_rank() else torch.empty(int(size), dtype=torch.uint8)
+    dist.broadcast(words, 0, group=_control())
+    return bytes(words.tolist()).decode()
+
+
+def each_ranks(tensor: Tensor) -> list[Tensor]:
+    """The CPU tensors of all ranks, of one shape and dtype, rank after rank; all of them call it."""
+    if alone():
+        return [tensor]
+    received = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(received, tensor, group=_control())
+    return received

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-Trained = TypeVar("Trained", bound=nn.Module)
+from vlkd.engine.distributed import own_part
 
 
 def learning_rate(step: int, *, steps: int, peak: float, warmup: float) -> float:
@@ -28,38 +27,53 @@ def learning_rate(step: int, *, steps: int, peak: float, warmup: float) -> float
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Two groups: matrices decay; biases, norms and the logit scale (all of fewer than two dimensions) do not."""
+    """Two groups: matrices decay; biases, norms and the logit scale (all of fewer than two dimensions) do not.
+
+    Two more follow where parameters are sharded, because one kernel does not take sharded and whole ones together.
+    """
     trained = [value for value in module.parameters() if value.requires_grad]
+    whole = [value for value in trained if not isinstance(value, DTensor)]
+    sharded = [value for value in trained if isinstance(value, DTensor)]
     return [
-        {"params": [value for value in trained if value.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [value for value in trained if value.dim() < 2], "weight_decay": 0.0},
+        group
+        for values in ((whole, sharded) if sharded else (whole,))
+        for group in (
+            {"params": [value for value in values if value.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [value for value in values if value.dim() < 2], "weight_decay": 0.0},
+        )
     ]
 
 
-class AveragedWeights(Generic[Trained]):
+class AveragedWeights:
     """An exponential moving average of a module's parameters and floating-point buffers.
 
-    The decay of step t is min(decay, (1 + t) / (10 + t)), so that the random start is forgotten.
+    The decay of step t is min(decay, (1 + t) / (10 + t)), so that the random start is forgotten. Of a sharded module
+    each rank averages the part it holds. `vlkd.engine.sharding.fill_whole` puts the values into a module.
 
     Args:
-        module: what is averaged; it is copied.
+        module: what is averaged, after it was sharded.
         decay: of late steps.
     """
 
-    def __init__(self, module: Trained, decay: float) -> None:
-        self.module: Trained = copy.deepcopy(module).eval().requires_grad_(False)
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self._values = {name: value.detach().clone() for name, value in module.state_dict().items()}
         self.decay = decay
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averages themselves under the module's names, not copies."""
+        return self._values
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
         """Move towards the module's present values after step `step` (from 0)."""
         share = 1 - min(self.decay, (1 + step) / (10 + step))
         present = module.state_dict()
-        for name, value in self.module.state_dict().items():
-            if value.is_floating_point():
-                value.lerp_(present[name].to(value.dtype), share)
+        for name, value in self._values.items():
+            own, towards = own_part(value), own_part(present[name])
+            if own.is_floating_point():
+                own.lerp_(towards.to(own.dtype), share)
             else:
-                value.copy_(present[name])
+                own.copy_(towards)
 
 
 @torch.no_grad()
