@@ -206,7 +206,7 @@ def test_shards_without_an_index_are_scanned_once(tmp_path, capsys):
 @pytest.mark.parametrize("ref", ["nowhere", "empty"])
 def test_what_is_no_folder_of_shards_is_refused(tmp_path, ref):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no folder|neither shards nor"):
+    with pytest.raises(UserError, match=r"no folder|neither shards nor"):
         open_shards(str(tmp_path / ref))
 
 

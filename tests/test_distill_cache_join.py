@@ -47,9 +47,7 @@ def test_a_cache_made_in_memory_serves_the_stream(made):
     assert (len(streamed), streamed.captions) == (len(reader), reader.captions) == (8, 7)
     for number in range(2):
         views = torch.full((8,), number)
-        assert torch.equal(
-            streamed.image("image.embed", EVERY, views), reader.image("image.embed", EVERY, views)
-        )
+        assert torch.equal(streamed.image("image.embed", EVERY, views), reader.image("image.embed", EVERY, views))
     texts = torch.arange(7)
     assert torch.equal(streamed.text("text.embed", texts.flip(0)), reader.text("text.embed", texts.flip(0)))
     assert [streamed.view(row, 1) for row in range(8)] == [reader.view(row, 1) for row in range(8)]
@@ -99,9 +97,7 @@ def test_a_shard_that_was_written_anew_is_refused(made, tmp_path):
     shutil.copytree(root / "train", tmp_path / "train")
     shutil.rmtree(tmp_path / "train")
     noise(99).save(tmp_path / "new.png")
-    samples = [
-        RawSample(key=f"k{row}", image=(tmp_path / "new.png").read_bytes(), extension="png") for row in range(4)
-    ]
+    samples = [RawSample(key=f"k{row}", image=(tmp_path / "new.png").read_bytes(), extension="png") for row in range(4)]
     write_shards(samples, tmp_path / "train", name="other")
     mixed = ShardTable([*open_shards(str(root / "train")).shards, *open_shards(str(tmp_path / "train")).shards])
     with pytest.raises(UserError, match=r"found 2 of 3 shards as they are now, expected all; not 'other-000000'"):

@@ -15,8 +15,8 @@ import numpy as np
 from PIL.Image import Image
 
 from vlkd.data.images import BadImage, open_image
-from vlkd.data.remote import is_remote
 from vlkd.data.local_copies import LocalCopies
+from vlkd.data.remote import is_remote
 from vlkd.data.scan import SCAN_FILE, Scan, ShardEntry, entry_place, read_scan, scan_shards
 from vlkd.data.shard_rows import SUFFIX, Extent, ShardRows, read_rows
 from vlkd.data.shards import parse_captions
@@ -225,7 +225,9 @@ def open_shards(ref: str, copies: LocalCopies | None = None) -> ShardTable:
         )
     if not (folder / SCAN_FILE).is_file():
         if not any(folder.glob("*.tar")):
-            raise UserError(f"{folder} holds neither shards nor {SCAN_FILE}; run `vlkd prep scan` or name another folder.")
+            raise UserError(
+                f"{folder} holds neither shards nor {SCAN_FILE}; run `vlkd prep scan` or name another folder."
+            )
         print(f"{folder}: no {SCAN_FILE} yet, the shards are scanned once", flush=True)
         scan_shards([str(folder)], None, workers=os.cpu_count() or 1)
     table = ShardTable(indexed_shards(read_scan(folder)), copies)

@@ -41,7 +41,7 @@ class Clock:
     def part(self, name: str) -> Iterator[None]:
         """Count what happens inside."""
         if self.events and name in ("teacher", "sync"):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             begin.record()
             yield
             end.record()

@@ -26,8 +26,8 @@ from vlkd.data.table import Table
 from vlkd.distill.distiller import Distiller
 from vlkd.distill.teachers import CachedTeacher
 from vlkd.distill.term import Term, wanted
-from vlkd.engine.distributed import gather_rows, mean_over_ranks, own_rows
 from vlkd.engine.checkpoint import whole_checkpoints
+from vlkd.engine.distributed import gather_rows, mean_over_ranks, own_rows
 from vlkd.engine.finish import Watched, finish
 from vlkd.engine.loop import train
 from vlkd.engine.settings import Run

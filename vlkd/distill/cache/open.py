@@ -126,8 +126,12 @@ def verify_cache(
     readable = np.setdiff1d(np.arange(len(reader)), reader.unreadable_rows())
     rows = torch.from_numpy(draw.choice(readable, min(sample, len(readable)), replace=False))
     views = torch.from_numpy(draw.integers(reader.views, size=len(rows)))
-    captioned = [row for row in draw.permutation(len(reader))[: 16 * sample].tolist() if pairs.captions_of(row)][:sample]
-    texts = {pairs.first_text(row) + i: pairs.captions_of(row)[i] for row in captioned for i in [_any(draw, pairs, row)]}
+    captioned = [row for row in draw.permutation(len(reader))[: 16 * sample].tolist() if pairs.captions_of(row)][
+        :sample
+    ]
+    texts = {
+        pairs.first_text(row) + i: pairs.captions_of(row)[i] for row in captioned for i in [_any(draw, pairs, row)]
+    }
     autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=reader.manifest["precision"] == "bf16")
     lowest: dict[str, float] = {}
     with torch.no_grad(), evaluating(model), autocast:
@@ -145,8 +149,15 @@ def verify_cache(
     return lowest
 
 
-def _any(draw: np.random.Generator, pairs: Table, row: int) -> int:
-    return int(draw.integers(len(pairs.captions_of(row))))
+def drawn_captions(pairs: Table, count: int, draw: np.random.Generator) -> dict[int, str]:
+    """Up to `count` captions of different rows by their numbers, looked for in sixteen times as many rows."""
+    found: dict[int, str] = {}
+    for row in draw.permutation(len(pairs))[: 16 * count].tolist():
+        captions = pairs.captions_of(row)
+        if captions and len(found) < count:
+            i = int(draw.integers(len(captions)))
+            found[pairs.first_text(row) + i] = captions[i]
+    return found
 
 
 def _stored_pixels(reader: CacheReader, model: DualEncoderModule, pairs: Table, rows: Tensor, views: Tensor) -> Tensor:
