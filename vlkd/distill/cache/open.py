@@ -126,12 +126,7 @@ def verify_cache(
     readable = np.setdiff1d(np.arange(len(reader)), reader.unreadable_rows())
     rows = torch.from_numpy(draw.choice(readable, min(sample, len(readable)), replace=False))
     views = torch.from_numpy(draw.integers(reader.views, size=len(rows)))
-    captioned = [row for row in draw.permutation(len(reader))[: 16 * sample].tolist() if pairs.captions_of(row)][
-        :sample
-    ]
-    texts = {
-        pairs.first_text(row) + i: pairs.captions_of(row)[i] for row in captioned for i in [_any(draw, pairs, row)]
-    }
+    texts = drawn_captions(pairs, sample, draw)
     autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=reader.manifest["precision"] == "bf16")
     lowest: dict[str, float] = {}
     with torch.no_grad(), evaluating(model), autocast:
