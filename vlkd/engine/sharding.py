@@ -8,7 +8,7 @@ Order: weights equal on all ranks (`copy_from_first_rank`), `whole_copy`, `shard
 `load_checkpoint`. Evaluation and export read `fill_whole`'s copy; a sharded module cannot be copied.
 
 Verified: gloo ranks on the CPU, float32 and bf16 autocast. Not verified, for want of several GPUs: NCCL, the overlap of
-communication and computation, memory and speed, more than one machine, `torch.compile`. Autocast keeps the bf16 copies
+communication and computation, memory and speed, more than one machine, compiled towers. Autocast keeps the bf16 copies
 of gathered weights until the towers' pass ends, so that during a pass half of the whole student's float32 size is not
 saved. Convolutions run in PyTorch's default layout, because FSDP2 divides no channels-last weight.
 """
