@@ -15,7 +15,7 @@ from helpers.pairs import picture_pairs
 from vlkd import recipes
 from vlkd.config import override
 from vlkd.data.sources import open_pairs
-from vlkd.engine.run import build_student, check_names, claim_folder, weighting_of
+from vlkd.engine.run import build_student, planned, check_names, claim_folder, weighting_of
 from vlkd.engine.settings import Data, Run, Train
 from vlkd.engine.smoke import shrink_to_smoke
 from vlkd.engine.teaching import check_teacher, frozen_towers
@@ -138,7 +138,8 @@ def test_frozen_towers_do_not_depend_on_their_projections(words, tmp_path):
     config = shrink_to_smoke(override(recipe.config(), [f"out={tmp_path / 'run'}"]))
     sources = {ref: open_pairs(ref) for ref in config.data.train}
     accelerator = Accelerator(cpu=True)
-    student = build_student(config, next(iter(sources.values())), tmp_path / "run")
+    table = next(iter(sources.values()))
+    student = build_student(config, table, planned(config, [table]), tmp_path / "run")
     frozen_towers(config, student, recipe.terms(config), sources, accelerator)
     with torch.no_grad():
         student.image_projection[0].linear.weight.add_(1)

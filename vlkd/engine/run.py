@@ -99,6 +99,8 @@ def run_recipe(recipe: ModuleType, assignments: Sequence[str]) -> Path:
         share=own_rows,
         mean=mean_over_ranks,
     )
+    # Dropout draws anew on each rank; weights are those of rank 0.
+    torch.manual_seed(config.seed + 1 + accelerator.process_index)
     outcome = train(
         distiller,
         stream,

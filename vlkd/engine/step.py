@@ -119,16 +119,15 @@ def _backward_in_parts(
 
 
 def split(batch: Batch, parts: int) -> Iterator[Batch]:
-    """A batch in consecutive parts; their captions follow their images."""
-    if not batch.keys:
-        yield batch
-        return
+    """A batch in exactly so many consecutive parts, as ranks must agree on them; their captions follow their images."""
     texts_before = [0, *batch.captioned.long().cumsum(0).tolist()]
-    for images in torch.arange(len(batch.keys)).tensor_split(min(parts, len(batch.keys))):
-        first, last = int(images[0]), int(images[-1]) + 1
+    for images in torch.arange(len(batch.keys)).tensor_split(parts):
+        first = int(images[0]) if len(images) else len(batch.keys)
+        last = first + len(images)
         begin, end = texts_before[first], texts_before[last]
-        # A part without captions still passes the text tower, as a batch does; its one row is dropped behind it.
+        # A part without captions or images still passes the towers, as a batch does; its one row is dropped behind it.
         shown = slice(begin, end) if end > begin else slice(0, 1)
+        pictures = slice(first, last) if last > first else slice(0, 1)
         yield replace(
             batch,
             keys=batch.keys[first:last],
@@ -139,7 +138,7 @@ def split(batch: Batch, parts: int) -> Iterator[Batch]:
             caption_ids=batch.caption_ids[begin:end],
             own_ids=batch.own_ids[begin:end],
             inputs={
-                name: {key: value[first:last] if key == "pixels" else value[shown] for key, value in part.items()}
+                name: {key: value[pictures] if key == "pixels" else value[shown] for key, value in part.items()}
                 for name, part in batch.inputs.items()
             },
         )
