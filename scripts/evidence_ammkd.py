@@ -24,7 +24,7 @@ import numpy as np
 import vlkd.models  # noqa: F401 - before anything imports torchvision
 from vlkd.data.sources import open_pairs
 from vlkd.engine.results import Entry, evaluate_entry
-from vlkd.metrics import bootstrap_means, interval
+from vlkd.metrics import bootstrap_means, interval, mean_over_seeds, percent_interval
 from vlkd.models.load import load
 
 SOURCES = ("coco", "emoji", "clipart")
@@ -174,7 +174,7 @@ def print_table(source: str, found: dict[str, list[Path]], teachers: dict[str, d
 
 def difference(ours: list[dict], theirs: list[dict]) -> str:
     """Mean difference of hit@10 with its interval from the same draws of images."""
-    values = per_image(ours, 10) - per_image(theirs, 10)
+    values = mean_over_seeds(ours, 10) - mean_over_seeds(theirs, 10)
     low, high = interval(bootstrap_means(values, seed=0))
     return f"{100 * values.mean():+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
@@ -194,16 +194,9 @@ def evaluated_teachers(args: argparse.Namespace, source: str) -> dict[str, dict]
     return rows
 
 
-def per_image(seeds: list[dict], k: int) -> np.ndarray:
-    """Per image the mean over seeds of its hits, (I,)."""
-    return np.mean([row[f"per_image_hit@{k}"] for row in seeds], axis=0)
-
-
 def cell(seeds: list[dict], k: int) -> str:
     """Mean [95 % interval], percent."""
-    values = per_image(seeds, k)
-    low, high = interval(bootstrap_means(values, seed=0))
-    return f"{100 * values.mean():.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    return percent_interval(mean_over_seeds(seeds, k))
 
 
 def print_conflicts(found: dict[str, list[Path]]) -> None:

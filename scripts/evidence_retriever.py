@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vlkd.metrics import bootstrap_means, interval
+from vlkd.metrics import bootstrap_means, interval, mean_over_seeds, percent_interval
 
 STUDENT = [
     "model.image=resnet10t",
@@ -170,21 +170,14 @@ def print_table(rows: dict[str, list[dict]], teachers: dict[str, dict]) -> None:
                 print(f"{name} / alone, hit@{k}: {ratio:.2f} [{low:.2f}, {high:.2f}]")
 
 
-def per_image(found: list[dict], k: int) -> np.ndarray:
-    """Per image the mean over seeds of its hits, (I,)."""
-    return np.mean([row[f"per_image_hit@{k}"] for row in found], axis=0)
-
-
-def cell(found: list[dict], k: int) -> str:
+def cell(seeds: list[dict], k: int) -> str:
     """Mean [95 % interval], percent."""
-    values = per_image(found, k)
-    low, high = interval(bootstrap_means(values, seed=0))
-    return f"{100 * values.mean():.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    return percent_interval(mean_over_seeds(seeds, k))
 
 
 def ratio_of(found: list[dict], base: list[dict], k: int) -> tuple[float, float, float]:
     """Ratio of means with its interval from the same draws of images."""
-    ours, theirs = per_image(found, k), per_image(base, k)
+    ours, theirs = mean_over_seeds(found, k), mean_over_seeds(base, k)
     draws = bootstrap_means(ours, seed=0) / bootstrap_means(theirs, seed=0)
     return float(ours.mean() / theirs.mean()), *interval(draws)
 

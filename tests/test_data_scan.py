@@ -258,6 +258,17 @@ def test_what_changed_or_is_damaged_is_read_again(tmp_path: Path, reads: list[st
     assert reads == ["000.tar"]
 
 
+def test_an_index_of_another_shard_of_that_name_is_not_taken(tmp_path: Path, reads: list[str]) -> None:
+    """Equal in name, size and time of change, in another folder, indexed at the same place."""
+    for name in ("a", "b"):
+        shard = make_tar(tmp_path / name / "0.tar", [("x.jpg", name.encode())])
+        os.utime(shard, ns=(10**18, 10**18))
+    scan_shards([str(tmp_path / "a")], tmp_path / "out", workers=1)
+    scan = scan_shards([str(tmp_path / "b")], tmp_path / "out", workers=1)
+    assert reads == ["../a/0.tar", "../b/0.tar"]
+    assert scan.shards[0].sha256 == hashlib.sha256((tmp_path / "b" / "0.tar").read_bytes()).hexdigest()
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path

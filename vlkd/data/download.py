@@ -124,8 +124,8 @@ def fetch(
                 found = _fill(stream, read, url, target, size, attempts, pause)
             if sha256 not in (None, found):
                 raise UserError(
-                    f"{redacted(url)} has SHA-256 {found} where {sha256} was expected, twice: it changed or is damaged; "
-                    "restore it, or scan the shards again."
+                    f"{redacted(url)} has SHA-256 {found} where {sha256} was expected, twice: it changed or is "
+                    "damaged; restore it, or scan the shards again."
                 )
             with disk(target):
                 os.fsync(stream.fileno())

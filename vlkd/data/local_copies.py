@@ -21,6 +21,7 @@ from vlkd.errors import UserError
 
 RemoteShard = tuple[str, int, str]
 """URL, size in bytes, SHA-256 in hex digits."""
+_Ensure = Callable[[RemoteShard, Pause], None]
 
 _COPY_NAME = re.compile(r"[0-9a-f]{32}-[0-9a-f]{16}\.tar")
 _WAIT_FOR_ROOM = 0.1
@@ -31,9 +32,9 @@ class LocalCopies:
 
     A copy is named by a hash of the full URL and its content's hash, so equal base names in different folders, and new
     content under an old URL, are different copies. Processes and threads that ask for one shard together download it
-    once. What is being downloaded counts towards the limit. A copy may be removed as soon as others need the room; files
-    that are open stay readable (POSIX), so take `open` where several processes share a small folder. Objects travel to
-    other processes without their prefetching.
+    once. What is being downloaded counts towards the limit. A copy may be removed as soon as others need the room, but
+    files that are open stay readable (POSIX), so take `open` where several processes share a small folder. Objects
+    travel to other processes without their prefetching.
 
     Args:
         folder: made if absent; files in it that are no copies are left alone.
@@ -71,8 +72,8 @@ class LocalCopies:
             with contextlib.suppress(FileNotFoundError):
                 return self.path(url, size, sha256).open("rb")
         raise UserError(
-            f"The copy of {redacted(url)} was removed {self.attempts} times before it could be read; raise the limit of "
-            f"{self.limit_bytes} bytes for {self.folder}."
+            f"The copy of {redacted(url)} was removed {self.attempts} times before it could be read; raise the limit "
+            f"of {self.limit_bytes} bytes for {self.folder}."
         )
 
     def prefetch(self, shards: Iterable[RemoteShard], *, ahead: int = 2) -> None:
@@ -94,9 +95,9 @@ class LocalCopies:
         self._ahead = _Ahead(named, ensure, ahead)
 
     def close(self) -> None:
-        """Stop prefetching: at once between pieces, else with the piece under way or its time-out."""
+        """Stop prefetching; waits for the piece under way, at most `timeout` seconds."""
         if self._ahead is not None and self._ahead.process == os.getpid():
-            self._ahead.stop()
+            self._ahead.stop(self.timeout)
         self._ahead = None
 
     def _target(self, url: str, sha256: str) -> Path:
@@ -117,9 +118,7 @@ class LocalCopies:
                 return
             while not self._reserve(target, size):
                 pause(_WAIT_FOR_ROOM)
-            fetch(
-                url, target, size=size, sha256=sha256, timeout=self.timeout, attempts=self.attempts, pause=pause
-            )  # fmt: skip
+            fetch(url, target, size=size, sha256=sha256, timeout=self.timeout, attempts=self.attempts, pause=pause)
 
     def _reserve(self, target: Path, size: int) -> bool:
         """Make room and take it with a part of full length; False while other downloads hold it."""
@@ -179,12 +178,7 @@ class _Stopped(Exception):
 class _Ahead:
     """The thread that prefetches, and which of its shards were not asked for yet."""
 
-    def __init__(
-        self,
-        shards: Iterator[tuple[str, RemoteShard]],
-        ensure: Callable[[RemoteShard, Pause], None],
-        ahead: int,
-    ) -> None:
+    def __init__(self, shards: Iterator[tuple[str, RemoteShard]], ensure: _Ensure, ahead: int) -> None:
         self.process = os.getpid()
         self._changed = threading.Condition()
         self._stopped = False
@@ -201,15 +195,13 @@ class _Ahead:
                 self._waiting.popleft()
             self._changed.notify_all()
 
-    def stop(self) -> None:
+    def stop(self, timeout: float) -> None:
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
-        self._thread.join()
+        self._thread.join(timeout)
 
-    def _run(
-        self, shards: Iterator[tuple[str, RemoteShard]], ensure: Callable[[RemoteShard, Pause], None], ahead: int
-    ) -> None:
+    def _run(self, shards: Iterator[tuple[str, RemoteShard]], ensure: _Ensure, ahead: int) -> None:
         with contextlib.suppress(_Stopped):
             for name, shard in shards:
                 with self._changed:

@@ -78,8 +78,8 @@ def expand_remote(ref: str, *, timeout: float = 60.0, attempts: int = 8, pause: 
     """The full URLs that a reference names, sorted, each once.
 
     Args:
-        ref: a URL; braces (`{000..123}`) are written out, then `*`, `?` and `[...]` are matched where the store can list
-            (over http(s) `*` and `[...]`, if the server answers with a page of links).
+        ref: a URL; braces (`{000..123}`) are written out, then `*`, `?` and `[...]` are matched where the store can
+            list (over http(s) `*` and `[...]`, if the server answers with a page of links).
         timeout: seconds for a request, ten times as long for a whole listing.
         attempts: at a listing, before giving up.
         pause: waits before a retry.

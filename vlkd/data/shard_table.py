@@ -19,7 +19,7 @@ from vlkd.data.local_copies import LocalCopies
 from vlkd.data.remote import is_remote
 from vlkd.data.scan import SCAN_FILE, Scan, ShardEntry, entry_place, read_scan, scan_shards
 from vlkd.data.shard_rows import SUFFIX, Extent, ShardRows, read_rows
-from vlkd.data.shards import parse_captions
+from vlkd.data.shards import join_captions
 from vlkd.data.sources import ImageFile, row_state
 from vlkd.data.table import Part
 from vlkd.errors import UserError
@@ -123,20 +123,17 @@ class ShardTable:
         """The number of a row's first caption among all."""
         number, i = self._locate(row)
         before = int(self.text_ends[number - 1]) if number else 0
-        return before + int(self._index(number).first_caption[i])
+        return before + self._index(number).caption_range(i).start
 
     def captions_of(self, row: int) -> tuple[str, ...]:
         """The captions of a row; raises `BadImage` where they are not those that were scanned."""
         number, i = self._locate(row)
         rows = self._index(number)
-        if not rows.counts[i]:
+        if not rows.caption_range(i):
             return ()
-        found = [
-            caption
-            for extension, extent in rows.texts(i)
-            for caption in parse_captions(self._read(number, extent, rows.key(i)), extension)
-        ]
-        return tuple(dict.fromkeys(found))
+        return join_captions(
+            (extension, self._read(number, extent, rows.key(i))) for extension, extent in rows.texts(i)
+        )
 
     def image(self, row: int, size_hint: int | None = None) -> Image:
         """Decode an image; raises `BadImage` for one that is not what was scanned, or cannot be decoded."""

@@ -51,16 +51,7 @@ def run_recipe(recipe: ModuleType, assignments: Sequence[str]) -> Path:
         UserError: a setting, a path, a model or the data are not as expected.
     """
     config: Run = settings_module.override(recipe.config(), assignments)
-    if config.train.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("train.device=cuda: torch finds no GPU here; set train.device=auto or cpu.")
-    accelerator = Accelerator(
-        cpu=config.train.device == "cpu" or config.smoke,
-        mixed_precision="bf16" if config.train.precision == "bf16" and not config.smoke else "no",
-        log_with=list(config.train.trackers) or None,
-        # Ranks wait while the first one fills the teacher cache.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
-        project_dir=config.out,
-    )
+    accelerator = open_accelerator(config)
     # Otherwise a rank would find files that another one is just writing.
     with accelerator.main_process_first():
         if config.smoke:
@@ -114,6 +105,20 @@ def run_recipe(recipe: ModuleType, assignments: Sequence[str]) -> Path:
         finish(config, folder, outcome, teaching.models, stream)
     accelerator.end_training()
     return folder
+
+
+def open_accelerator(config: Run) -> Accelerator:
+    """The devices, ranks and precision of a run; raises `UserError` where a GPU is asked for and there is none."""
+    if config.train.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("train.device=cuda: torch finds no GPU here; set train.device=auto or cpu.")
+    return Accelerator(
+        cpu=config.train.device == "cpu" or config.smoke,
+        mixed_precision="bf16" if config.train.precision == "bf16" and not config.smoke else "no",
+        log_with=list(config.train.trackers) or None,
+        # Ranks wait while the first one fills the teacher cache.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
+        project_dir=config.out,
+    )
 
 
 def claim_folder(config: Run) -> Path:

@@ -117,16 +117,10 @@ def cached_teacher(
     config: Run, name: str, model: DualEncoderModule, sources: Mapping[str, Table], want: frozenset[str]
 ) -> CachedTeacher:
     """A model's features of K views of the training data, one cache per source."""
-    spec = CacheSpec(
-        features=tuple(sorted(feature for feature in want if not feature.startswith("logit_"))),
-        views=config.teachers.views,
-        view_settings=config.views,
-        precision=config.train.precision,
-        dtype=config.teachers.dtype,
-    )
+    spec = cache_spec(config, want)
     readers = [
         ensure_cache(
-            Path(config.teachers.folder) / name / source_name(ref),
+            cache_folder(config, name, ref),
             name,
             model,
             source,
@@ -137,6 +131,22 @@ def cached_teacher(
         for ref, source in sources.items()
     ]
     return CachedTeacher(name, model.width, readers)
+
+
+def cache_spec(config: Run, want: frozenset[str]) -> CacheSpec:
+    """What the cache of a model must be to give the wanted features."""
+    return CacheSpec(
+        features=tuple(sorted(feature for feature in want if not feature.startswith("logit_"))),
+        views=config.teachers.views,
+        view_settings=config.views,
+        precision=config.train.precision,
+        dtype=config.teachers.dtype,
+    )
+
+
+def cache_folder(config: Run, name: str, ref: str) -> Path:
+    """Where the features of a model on a source are stored."""
+    return Path(config.teachers.folder) / name / source_name(ref)
 
 
 def frozen_towers(
@@ -152,11 +162,15 @@ def frozen_towers(
     if not config.teachers.views:
         raise UserError("student.frozen_towers=true stores tower features; set teachers.views to 1 or more.")
     features = tower_names(wanted(terms, "student"))
-    # Other towers or other features have a folder of their own: runs with and without a term share what they can.
-    which = hashlib.sha256(repr((model_fingerprint(student, towers=True), sorted(features))).encode()).hexdigest()[:8]
-    name = f"towers-{Path(config.model.image).name}-{which}"
+    name = towers_name(config, student, features)
     with accelerator.main_process_first():
         return cached_teacher(config, name, student.to(accelerator.device), sources, features)
+
+
+def towers_name(config: Run, student: DualEncoderModule, features: frozenset[str]) -> str:
+    """Under which features of frozen towers are stored: others have a folder of their own, equal ones share it."""
+    which = hashlib.sha256(repr((model_fingerprint(student, towers=True), sorted(features))).encode()).hexdigest()[:8]
+    return f"towers-{Path(config.model.image).name}-{which}"
 
 
 def class_vector_banks(
