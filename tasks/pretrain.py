@@ -1,6 +1,7 @@
 """Pretrain a CLIP-like student from streamed WebDataset shards, with or without teachers, with exact resume.
 
-    vlkd prep scan shards/photos shards/drawings
+    vlkd prep scan shards/photos
+    vlkd prep scan https://example.org/drawings/{000..099}.tar --out shards/drawings
     vlkd train pretrain data.train=shards/photos,shards/drawings data.weights=3,1 data.val=shards/val \\
         data.workers=8 train.samples=10000000 train.batch_size=4096 train.precision=bf16 out=runs/pretrain
     vlkd train pretrain data.train=shards/photos data.val=shards/val teachers.refs=runs/a/student \\

@@ -18,9 +18,11 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from helpers.bad_server import BadServer, Fault
 
 from vlkd.data import download as module
+from vlkd.data import remote as names
 from vlkd.data.download import download, lock_of, part_of
 from vlkd.data.local_copies import LocalCopies
 from vlkd.data.remote import expand_remote, is_remote, wait_before
@@ -315,42 +317,43 @@ def test_another_store_is_listed_and_read(memory, tmp_path):
     assert left_over(tmp_path) == []
 
 
-class Failing(type(fsspec.filesystem("memory"))):
+class Failing(MemoryFileSystem):
+    """What each call answers: nothing special, an error, the first so many bytes, or (-1) one too many."""
+
     protocol = "vlkdfailing"
-    answers = ()
+    answers = iter(())
     asked: list[int]
 
     @classmethod
     def _strip_protocol(cls, path):
-        return super()._strip_protocol(path.replace("vlkdfailing", "memory"))
+        return super()._strip_protocol(path.replace("vlkdfailing://", "memory://"))
 
     def cat_file(self, path, start=None, end=None, **kwargs):
-        type(self).asked.append(start)
-        answer = next(type(self).answers, None)
+        self.asked.append(start)
+        answer = next(self.answers, None)
         if isinstance(answer, Exception):
             raise answer
-        return super().cat_file(path, start, end, **kwargs)[: answer and int(answer)] + b"!" * (answer == -1)
+        data = super().cat_file(path, start, end, **kwargs)
+        return data + b"!" if answer == -1 else data[:answer]
 
 
-def test_another_store_is_retried_from_the_failed_offset(memory, tmp_path):
-    fsspec.register_implementation("vlkdfailing", Failing, clobber=True)
-    try:
-        Failing.asked, Failing.answers = [], iter([None, OSError(errno.EIO, "broken"), TimeoutError(), 10])
-        download(
-            "vlkdfailing://vlkd/one/0.tar", tmp_path / "x.tar", size=len(DATA), sha256=HASH, pause=lambda seconds: None
-        )
-        assert (tmp_path / "x.tar").read_bytes() == DATA
-        assert Failing.asked == [0, PIECE, PIECE, PIECE, PIECE + 10, 2 * PIECE + 10, 3 * PIECE + 10]
-        Failing.answers = itertools.repeat(PermissionError("hush://me:hush@x?hush"))
-        with pytest.raises(UserError, match="is refused") as caught:
-            download("vlkdfailing://vlkd/one/0.tar", tmp_path / "y.tar")
-        assert "hush@" not in str(caught.value)
-        assert "?hush" not in str(caught.value)
-        Failing.answers = itertools.repeat(0)
-        with pytest.raises(UserError, match="0 bytes where"):
-            download("vlkdfailing://vlkd/one/0.tar", tmp_path / "y.tar", attempts=2, pause=lambda seconds: None)
-    finally:
-        del fsspec.registry._registry["vlkdfailing"]
+def test_another_store_is_retried_from_the_failed_offset(memory, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "vlkdfailing", Failing)
+    url, waits = "vlkdfailing://vlkd/one/0.tar", []
+    Failing.asked, Failing.answers = [], iter([None, OSError(errno.EIO, "broken"), TimeoutError(), 10])
+    download(url, tmp_path / "x.tar", size=len(DATA), sha256=HASH, pause=waits.append)
+    assert (tmp_path / "x.tar").read_bytes() == DATA
+    assert Failing.asked == [0, PIECE, PIECE, PIECE, PIECE + 10, 2 * PIECE + 10, 3 * PIECE + 10]
+    assert len([wait for wait in waits if wait]) == 2
+    Failing.answers = itertools.repeat(PermissionError("no", "s3://me:hush@x?hush"))
+    with pytest.raises(UserError, match="is refused") as caught:
+        download(url, tmp_path / "y.tar")
+    assert "hush" not in str(caught.value)
+    for wrong, words in ((0, "0 bytes where"), (-1, f"{PIECE + 1} bytes where")):
+        Failing.answers = itertools.repeat(wrong)
+        with pytest.raises(UserError, match=words):
+            download(url, tmp_path / "y.tar", attempts=2, pause=waits.append)
+    assert left_over(tmp_path) == []
 
 
 # Names
@@ -369,7 +372,7 @@ def test_what_is_remote():
     for ref in ("a.tar", "/a/{0..9}.tar", "file:///a.tar", "a:b", "C:\\x", "data/a::b.tar"):
         assert not is_remote(ref)
     for ref in ("pipe:curl x", "pipe://x", "nowhere://x", "zip::s3://b/a.zip", "s3://b/a.tar::s3://b/b.tar"):
-        with pytest.raises(UserError, match="; (give|expected) "):
+        with pytest.raises(UserError, match=r"; (give|expected) "):
             is_remote(ref)
 
 
@@ -377,12 +380,13 @@ def test_braces_are_written_out_without_asking():
     assert expand_remote("http://h/{b,a}-{08..10}.tar") == [
         f"http://h/{x}-{n}.tar" for x in "ab" for n in ("08", "09", "10")
     ]
-    assert expand_remote("http://[::1]:80/a.tar?x=*") == ["http://[::1]:80/a.tar?x=*"] or True
+    assert expand_remote("http://[::1]:80/a?.tar") == ["http://[::1]:80/a?.tar"]
 
 
 @pytest.mark.parametrize("ref", ["http://h/{0..9", "http://h/{0..99999999999}.tar", "http://h/" + "{a,b}" * 30])
-def test_braces_that_cannot_be_written_out_are_refused(ref):
-    with pytest.raises(UserError, match="unbalanced braces|more than 1000000 URLs"):
+def test_braces_that_cannot_be_written_out_are_refused(ref, monkeypatch):
+    monkeypatch.setattr(names, "MAX_MATCHES", 1000)
+    with pytest.raises(UserError, match=r"unbalanced braces|more than 1000 URLs"):
         expand_remote(ref)
 
 
@@ -406,7 +410,7 @@ def test_a_page_of_links_is_matched(serve):
 def test_a_missing_package_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "s3fs", None)
     for call in (lambda: expand_remote("s3://b/*.tar"), lambda: download("s3://b/a.tar", tmp_path / "a.tar")):
-        with pytest.raises(UserError, match="Install s3fs.*run `pip install s3fs`"):
+        with pytest.raises(UserError, match=r"Install s3fs.*run `pip install s3fs`"):
             call()
 
 
@@ -432,7 +436,7 @@ def test_copies_are_kept_by_their_full_url_and_content(serve, tmp_path):
     with pytest.raises(UserError, match="was expected, twice"):
         cache.path(server.url("b/0.tar"), 100, sha(b"d" * 100))
     assert len(copies(tmp_path / "c")) == 3
-    assert left_over(tmp_path) == []
+    assert left_over(tmp_path / "c") == []
 
 
 @pytest.mark.parametrize("size", [0, 99, 101])

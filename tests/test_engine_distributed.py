@@ -48,6 +48,7 @@ def test_rows_come_rank_after_rank_in_their_own_type(found):
         assert rank["flags"].dtype == torch.bool
         assert rank["numbers"].tolist() == [2**40, 2**40 + 1, 2**40 + 2]
         assert rank["empty"].shape == (0, 2)
+        assert rank["texts"]
 
 
 def test_gradients_are_summed_over_the_ranks_losses(found):

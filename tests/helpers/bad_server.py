@@ -13,10 +13,10 @@ class Fault(NamedTuple):
     """What one GET does wrong.
 
     `drop`: the connection ends after `n` body bytes; `stall`: it falls silent there; `status`: HTTP `n` without the
-    object; `length`: Content-Length is `n` too large (negative: too small); `whole`: the range is ignored, as are
-    later ones while faults say so; `flip`: one bit of body byte `n` (modulo its length) is wrong; `shift`: the bytes from `n` further on,
-    and Content-Range says so; `unsaid`: the same, and Content-Range hides it; `total`: Content-Range gives an object
-    `n` bytes longer; `more`: `n` bytes beyond the range, announced; `garbage`: no HTTP at all.
+    object; `length`: Content-Length is `n` too large (negative: too small); `whole`: the range is ignored; `flip`: one
+    bit of body byte `n` (modulo its length) is wrong; `shift`: the bytes from `n` further on, and Content-Range says
+    so; `unsaid`: the same, and Content-Range hides it; `total`: Content-Range gives an object `n` bytes longer; `more`:
+    `n` bytes beyond the range, announced; `garbage`: no HTTP at all.
     """
 
     kind: str
@@ -76,13 +76,13 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(b"\x00\xffno status line\r\n\r\n")
             self.close_connection = True
         elif kind == "status":
-            self._send(n, b"refused", {})
+            self._send(n, b"" if n in (204, 304) else b"refused", {})
         elif path in self.server.files:
             self._send_object(self.server.files[path], re.fullmatch(r"bytes=(\d+)-(\d+)", asked), kind, n)
         else:
             inside = sorted(name[len(path) :] for name in self.server.files if not path or name.startswith(path))
             links = "".join(f'<a href="{name}">{name}</a>' for name in inside if path == "" or path.endswith("/"))
-            self._send(200 if links else 404, links.encode(), {"Content-Type": "text/html"})
+            self._send(200 if links else 404, links.encode(), {"Content-Type": "text/html"}, kind, n)
 
     def _send_object(self, data: bytes, match: re.Match[str] | None, kind: str, n: int) -> None:
         if match is None or kind == "whole":

@@ -27,7 +27,7 @@ from vlkd.data.sources import Pairs
 from vlkd.distill.distiller import Distiller
 from vlkd.distill.teachers import OnlineTeacher
 from vlkd.distill.term import Term
-from vlkd.engine.distributed import copy_from_first_rank, gather_rows, mean_over_ranks, own_rows
+from vlkd.engine.distributed import copy_from_first_rank, every_ranks_text, gather_rows, mean_over_ranks, own_rows
 from vlkd.engine.step import backward_step
 from vlkd.weighting import GradientBalanced
 
@@ -129,6 +129,7 @@ def run_rank(rank: int, folder: Path, pairs: Pairs, shares: Sequence[Sequence[Se
         "share": torch.tensor([*_bounds(own), *_bounds(own[:rank])]),
         "mean": mean_over_ranks(torch.tensor([1.0, 2.0]) * (rank + 1)),
         "weight": synchronised_weight(rank),
+        "texts": torch.tensor(["ä" * length for length in (0, 3)] == every_ranks_text("ä" * 3 * rank)),
     }
     for number, share in enumerate(shares):
         results = {f"{number}/": distil(pairs, share[rank], mixed_terms(), gather_rows)}

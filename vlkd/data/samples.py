@@ -14,7 +14,7 @@ import torch
 from PIL import Image as pictures
 from PIL.Image import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from vlkd.data.decoded import Decoded
 from vlkd.data.images import BadImage
@@ -158,7 +158,7 @@ class SampleSequence(Dataset[_Sample]):
             return _Sample(key, row, number, problem=str(error))
         if not captions:
             return _Sample(key, row, number, pixels=pixels)
-        choice = int(draws(self.seed, key, epoch, "caption").integers(len(captions)))
+        choice = int(draws(self.seed, key, epoch, "caption")[0] * len(captions))
         return _Sample(
             key,
             row,
@@ -204,13 +204,12 @@ class SampleSequence(Dataset[_Sample]):
             part: dict[str, Tensor] = {}
             if item.image:
                 pixels = [sample.pixels[name] for sample in good]
-                part["pixels"] = torch.stack(pixels or [item.preprocessing.view_transform(BLANK)])
+                # In a worker it stacks into the memory that the batch travels in.
+                part["pixels"] = default_collate(pixels or [item.preprocessing.view_transform(BLANK)])
             if item.text:
                 part |= item.preprocessing.tokenize(texts or [""])
             inputs[name] = part
-        own_ids = torch.full((len(captioned), self.most_captions), -1, dtype=torch.int64)
-        for ids, sample in zip(own_ids, captioned, strict=True):
-            ids[: len(sample.own_ids)] = torch.tensor(sample.own_ids)
+        own_ids = [[*sample.own_ids, *[-1] * (self.most_captions - len(sample.own_ids))] for sample in captioned]
         return Batch(
             keys=[sample.key for sample in good],
             rows=torch.tensor([sample.row for sample in good], dtype=torch.int64),
@@ -218,7 +217,7 @@ class SampleSequence(Dataset[_Sample]):
             captioned=torch.tensor([sample.text >= 0 for sample in good], dtype=torch.bool),
             texts=torch.tensor([sample.text for sample in captioned], dtype=torch.int64),
             caption_ids=torch.tensor([caption_id(text) for text in texts], dtype=torch.int64),
-            own_ids=own_ids,
+            own_ids=torch.tensor(own_ids, dtype=torch.int64).view(len(captioned), self.most_captions),
             inputs=inputs,
             bad={sample.key: sample.problem for sample in samples if sample.problem},
         )

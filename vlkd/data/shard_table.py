@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import zlib
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 from PIL.Image import Image
 
 from vlkd.data.images import BadImage, open_image
@@ -70,14 +71,15 @@ class ShardTable:
         for shard in self.shards:
             if not is_remote(shard.place):
                 _check_size(shard)
-        self.ends = np.cumsum([shard.entry.samples for shard in self.shards], dtype=np.int64)
-        self.text_ends = np.cumsum([shard.entry.captions for shard in self.shards], dtype=np.int64)
+        # Lists, because a single number is looked up in them many times faster than in an array.
+        self.ends = list(accumulate(shard.entry.samples for shard in self.shards))
+        self.text_ends = list(accumulate(shard.entry.captions for shard in self.shards))
         self._rows: OrderedDict[int, ShardRows] = OrderedDict()
         self._files: OrderedDict[int, int] = OrderedDict()
         self._lost: dict[int, str] = {}
 
     def __len__(self) -> int:
-        return int(self.ends[-1]) if len(self.ends) else 0
+        return self.ends[-1] if self.ends else 0
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_rows": OrderedDict(), "_files": OrderedDict(), "_lost": {}}
@@ -90,7 +92,7 @@ class ShardTable:
     @property
     def caption_total(self) -> int:
         """Captions of all rows."""
-        return int(self.text_ends[-1]) if len(self.text_ends) else 0
+        return self.text_ends[-1] if self.text_ends else 0
 
     @property
     def most_captions(self) -> int:
@@ -122,7 +124,7 @@ class ShardTable:
     def first_text(self, row: int) -> int:
         """The number of a row's first caption among all."""
         number, i = self._locate(row)
-        before = int(self.text_ends[number - 1]) if number else 0
+        before = self.text_ends[number - 1] if number else 0
         return before + self._index(number).caption_range(i).start
 
     def captions_of(self, row: int) -> tuple[str, ...]:
@@ -160,8 +162,8 @@ class ShardTable:
             )
 
     def _locate(self, row: int) -> tuple[int, int]:
-        number = int(np.searchsorted(self.ends, row, side="right"))
-        return number, row - (int(self.ends[number - 1]) if number else 0)
+        number = bisect_right(self.ends, row)
+        return number, row - (self.ends[number - 1] if number else 0)
 
     def _index(self, number: int) -> ShardRows:
         """A shard's index; raises `UserError` where it is not the one that was scanned."""

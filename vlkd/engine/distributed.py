@@ -203,3 +203,12 @@ def each_ranks(tensor: Tensor) -> list[Tensor]:
     received = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
     dist.all_gather(received, tensor, group=_control())
     return received
+
+
+def every_ranks_text(text: str) -> list[str]:
+    """The texts of all ranks, rank after rank; all of them call it."""
+    data = torch.tensor(list(text.encode()), dtype=torch.uint8)
+    lengths = [int(length) for length in each_ranks(torch.tensor([len(data)]))]
+    padded = torch.cat([data, data.new_zeros(max(lengths) - len(data))])
+    parts = zip(each_ranks(padded), lengths, strict=True)
+    return [bytes(part[:length].tolist()).decode() for part, length in parts]

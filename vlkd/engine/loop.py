@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from vlkd.data.loader import BatchStream
 from vlkd.distill.distiller import Distiller
 from vlkd.engine.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from vlkd.engine.clock import Clock, CountedTeacher
-from vlkd.engine.distributed import agreed, clip_gradients, copy_from_first_rank
+from vlkd.engine.distributed import agreed, clip_gradients, copy_from_first_rank, every_ranks_text
 from vlkd.engine.log import MetricsLog
 from vlkd.engine.optim import AveragedWeights, clamp_logit_scale, learning_rate, parameter_groups
 from vlkd.engine.settings import Train
@@ -147,6 +148,8 @@ def train(
                     accelerator.log(figures, step=step)
             due = time.perf_counter() - last_saved >= 60 * settings.save_minutes
             if agreed(ended or due) or (settings.save_steps and step % settings.save_steps == 0):
+                for bad in every_ranks_text(json.dumps(stream.bad)):
+                    stream.bad |= json.loads(bad)
                 state = {"stream": stream.state_dict(), "weighting": weighting.state_dict()}
                 state |= {"spikes": guard.state_dict(), "seconds": seconds}
                 save_checkpoint(folder / "checkpoints", step, modules=modules, optimizer=optimizer, state=state)

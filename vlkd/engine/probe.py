@@ -1,22 +1,21 @@
-"""Short measurements on this machine: seconds per sample, steps of the training loop itself, and the memory they take."""
+"""Short measurements on this machine: seconds per sample, and steps of the training loop itself with what they take."""
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import json
-import resource
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
 from PIL.Image import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlkd.data.decoded import Decoded, shrink
 from vlkd.data.loader import BatchStream
@@ -24,6 +23,7 @@ from vlkd.data.samples import BLANK, Batch, SampleSequence
 from vlkd.data.table import Table
 from vlkd.distill.distiller import Distiller
 from vlkd.distill.teachers import OnlineTeacher
+from vlkd.engine.footprint import Peaks, peak_bytes, reset_peak
 from vlkd.engine.loop import train
 from vlkd.engine.settings import Train
 from vlkd.errors import UserError
@@ -31,10 +31,10 @@ from vlkd.features import Preprocessing
 from vlkd.models.base import DualEncoderModule, evaluating
 from vlkd.weighting import Weighting
 
+Result = TypeVar("Result")
+
 CHUNK, MOST_CHUNKS = 16, 32
 DATA_SECONDS = 3.0
-ODD = 7
-"""A batch size that is no width of a model, so that what has it twice is a matrix of the loss."""
 
 
 class StoredTeacher:
@@ -125,17 +125,13 @@ class Brief:
         batch_size: b.
         seconds: of a step without its teachers, the median.
         teachers: seconds of all teachers in a step, the median.
-        before: bytes in use before.
-        peak: the most bytes in use, on the device.
-        host_peak: the most bytes of the process.
+        peaks: of memory.
     """
 
     batch_size: int
     seconds: float
     teachers: float
-    before: int
-    peak: int
-    host_peak: int
+    peaks: Peaks
 
 
 def brief(
@@ -157,7 +153,7 @@ def brief(
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         before = reset_peak(device)
-        try:
+        with contextlib.suppress(_EnoughError):
             train(
                 distiller,
                 _Repeated(stream, batch, warmup + steps),
@@ -167,8 +163,6 @@ def brief(
                 accelerator,
                 lambda _: {},
             )
-        except _EnoughError:
-            pass
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][warmup:]
     intervals = [len(batch.keys) / row["samples_per_second"] for row in rows]
     taught = [row["time/teacher"] * seconds for row, seconds in zip(rows, intervals, strict=True)]
@@ -176,9 +170,12 @@ def brief(
         batch_size=len(batch.keys),
         seconds=statistics.median(whole - part for whole, part in zip(intervals, taught, strict=True)),
         teachers=statistics.median(taught),
-        before=before,
-        peak=peak_bytes(device),
-        host_peak=peak_bytes(torch.device("cpu")),
+        peaks=Peaks(
+            batch_size=len(batch.keys),
+            before=before,
+            device=peak_bytes(device),
+            host=peak_bytes(torch.device("cpu")),
+        ),
     )
 
 
@@ -228,7 +225,7 @@ def repeated_seconds(work: Callable[[], object], device: torch.device, limit: fl
     return statistics.median(seconds)
 
 
-def timed[Result](work: Callable[[], Result], device: torch.device) -> tuple[float, Result]:
+def timed(work: Callable[[], Result], device: torch.device) -> tuple[float, Result]:
     """The seconds of a call, with all that it left to a GPU, and its result."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -247,93 +244,3 @@ def one_of_each(model: DualEncoderModule, want: Collection[str], accelerator: Ac
     with torch.no_grad(), evaluating(model), accelerator.autocast():
         found = model.encode(inputs, want)
     return {name: (value.float() if value.is_floating_point() else value).cpu() for name, value in found.items()}
-
-
-def loss_matrix_bytes(distiller: Distiller, batch: Batch, accelerator: Accelerator) -> float:
-    """Bytes of B x B matrices that comparing a batch keeps for the backward pass, per B * B, the gradient's own added.
-
-    Args:
-        distiller: on the device of the accelerator.
-        batch: of `ODD` samples.
-        accelerator: device and precision.
-    """
-    batch = batch.to(accelerator.device)
-    with torch.no_grad(), evaluating(distiller), accelerator.autocast():
-        features = distiller.student_features(batch)
-    sides = {len(batch.keys), len(batch.texts)}
-    kept: dict[int, int] = {}
-
-    def keep(value: Tensor) -> Tensor:
-        if value.dim() == 2 and set(value.shape) <= sides:
-            kept[value.untyped_storage().data_ptr()] = value.numel() * value.element_size()
-        return value
-
-    leaves = {name: value.clone().requires_grad_(value.is_floating_point()) for name, value in features.items()}
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value), accelerator.autocast():
-        # Holding the losses holds what they keep: nothing else can take its place in memory meanwhile.
-        compared = distiller.compare(leaves, batch)
-    del compared
-    return (sum(kept.values()) + max(kept.values(), default=0)) / len(batch.keys) ** 2
-
-
-def held_bytes(distiller: Distiller, ema: float) -> dict[str, int]:
-    """Bytes of what the loop holds beside activations: exact sums over tensors.
-
-    Args:
-        distiller: student, heads, objectives.
-        ema: decay of the averaged weights; 0 keeps none.
-    """
-    trained = sum(tensor_bytes(value) for value in distiller.parameters() if value.requires_grad)
-    exported = state_bytes(nn.ModuleDict({"student": distiller.student, "heads": distiller.heads}))
-    return {
-        "weights": state_bytes(distiller),
-        "gradients": trained,
-        "moments": 2 * trained,
-        "averaged weights": exported if ema else 0,
-        "copy to evaluate": exported,
-    }
-
-
-def state_bytes(module: nn.Module) -> int:
-    """Bytes of all parameters and buffers."""
-    return sum(map(tensor_bytes, module.state_dict().values()))
-
-
-def tensor_bytes(value: Tensor) -> int:
-    """Bytes of a tensor's elements."""
-    return value.numel() * value.element_size()
-
-
-def batch_bytes(batch: Batch) -> int:
-    """Bytes of what is prepared for the models."""
-    return sum(tensor_bytes(value) for part in batch.inputs.values() for value in part.values())
-
-
-def reset_peak(device: torch.device) -> int:
-    """Start counting the peaks of a device and of this process anew; returns the bytes in use on the device."""
-    status = Path("/proc/self/clear_refs")
-    if sys.platform == "linux" and status.exists():
-        # Freed memory that the C library keeps would hide what the next step takes.
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
-        status.write_text("5")
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return int(torch.cuda.memory_allocated(device))
-    return _status("VmRSS") or peak_bytes(device)
-
-
-def peak_bytes(device: torch.device) -> int:
-    """The most bytes in use since `reset_peak`; of a process, where the system cannot start anew, since it began."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    unit = 1 if sys.platform == "darwin" else 1024
-    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _status(name: str) -> int:
-    """A size of this process as Linux tells it, 0 elsewhere."""
-    path = Path("/proc/self/status")
-    lines: Sequence[str] = path.read_text().splitlines() if path.is_file() else ()
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), 0)
