@@ -39,7 +39,7 @@ STUDENT = [
     "views.flip=0",
     "train.precision=bf16",
     "train.batch_size=64",
-    "train.lr=0.003",
+    "train.lr=0.0015",
     "train.weight_decay=0.05",
     "train.ema=0.99",
     "train.spike_factor=10",
@@ -52,7 +52,8 @@ MATCHED = ["method.matching=8"]
 SIGLIP = ["method.loss=siglip", "model.logit_bias=-10", "model.logit_scale=10"]
 ALONE, TAUGHT = "no teacher", "two cached teachers"
 KILLED = "killed twice"
-TRIALS = [MATCHED, ["method.matching=16"], [*MATCHED, "train.lr=0.0015"], [*MATCHED, "train.batch_size=256"]]
+FASTER = "train.lr=0.003"
+TRIALS = [MATCHED, [*MATCHED, FASTER], ["method.matching=16", FASTER], [*MATCHED, FASTER, "train.batch_size=256"]]
 PARTS = ("data", "teacher", "student", "sync")
 
 

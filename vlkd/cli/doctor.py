@@ -1,4 +1,4 @@
-"""`vlkd doctor`: what is installed, what the machine has, and whether models are sound."""
+"""`vlkd doctor`: what is installed, what the machine has, whether models are sound, and what a run would take."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlkd.cli.doctor_plan import plan, print_plan
 from vlkd.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 EPILOG = """examples:
   vlkd doctor
   vlkd doctor runs/teacher/student open_clip:ViT-B-16@datacomp_xl_s13b_b90k --data shards/val
+  vlkd doctor --plan pretrain data.train=shards/train data.workers=8 teachers.refs=runs/teacher/student method.matching=8
 """
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "transformers", "timm", "accelerate", "faiss-cpu", "webdataset")
 EXTRAS = {"demo": "qtawesome", "log": "tensorboard"}
@@ -34,22 +36,36 @@ def main(argv: Sequence[str]) -> None:
     """Run the command line; a broken model is the user's error, told after all others were looked at."""
     parser = argparse.ArgumentParser(
         prog="vlkd doctor",
-        description="Check the environment, the devices, and models.",
+        description="Check the environment, the devices, and models; measure what a run would take.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("models", nargs="*", metavar="REF", help="models to load and check")
     parser.add_argument("--data", metavar="PATH[#SPLIT]", help="captioned images, to compare pairs with shuffled ones")
+    parser.add_argument(
+        "--plan",
+        nargs="+",
+        metavar=("TASK", "key=value"),
+        help="memory, images/s, time and disk of `vlkd train TASK key=value ...`, measured for about a minute",
+    )
+    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="processes of that run, default %(default)s")
     parser.add_argument("--json", action="store_true", help="end with one line of strict JSON")
     args = parser.parse_args(argv)
     if args.data and not args.models:
         raise UserError("--data is there to check models with; name at least one REF.")
+    if args.ranks < 1:
+        raise UserError(f"--ranks is {args.ranks}; expected 1 or more.")
     found = environment()
     for name, value in found.items():
         print(f"{name:<16} {value}")
     rows = check_models(args.models, args.data) if args.models else []
+    told = {"command": "doctor", "environment": found, "models": rows}
+    if args.plan:
+        task, *settings = args.plan
+        told["plan"] = plan(task, settings, memory=memory_bytes(), cores=cores(), ranks=args.ranks)
+        print_plan(told["plan"])
     if args.json:
-        print(json.dumps({"command": "doctor", "environment": found, "models": rows}, allow_nan=False))
+        print(json.dumps(told, allow_nan=False))
     broken = [str(row["model"]) for row in rows if row["error"]]
     if broken:
         raise UserError(f"{len(broken)} of {len(rows)} models cannot be used ({', '.join(broken)}); see above.")

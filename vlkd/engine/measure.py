@@ -1,6 +1,6 @@
 """The parts of a run, measured for some seconds on this machine and these data.
 
-Nothing is written but to temporary folders. The loop itself runs a few steps on one batch, the teachers' stored features
+Nothing is written but to temporary folders. The loop itself runs a few steps on one batch, teachers' stored features
 replaced by one vector each, so that steps and memory are those of the run; data and teachers are timed alone.
 """
 
@@ -15,11 +15,7 @@ import torch
 from vlkd.data.loader import BatchStream
 from vlkd.distill.distiller import Distiller
 from vlkd.engine.cache_cost import BuildTimes, build_times
-from vlkd.engine.cost import (
-    Host,
-    Memory,
-    Times,
-)
+from vlkd.engine.cost import Host, Memory, Times
 from vlkd.engine.dry_run import Setup, stored_models, stream_of, teachers_of, towers_of
 from vlkd.engine.footprint import (
     ODD,
