@@ -34,7 +34,7 @@ PIECE, BLOCK = 256 * 1024, 64 * 1024
 DATA = np.random.Generator(np.random.Philox(7)).bytes(3 * PIECE + 12_345)
 HASH = hashlib.sha256(DATA).hexdigest()
 NAME = "a/b.tar"
-STALL = 0.3
+STALL = 1.0
 
 
 def sha(data: bytes) -> str:

@@ -189,7 +189,8 @@ class _Ahead:
 
     def asked_for(self, name: str) -> None:
         with self._changed:
-            self._seen.add(name)
+            if name not in self._waiting:
+                self._seen.add(name)
             # Those before it were skipped by the reader.
             while name in self._waiting:
                 self._waiting.popleft()
@@ -209,6 +210,7 @@ class _Ahead:
                     if self._stopped:
                         return
                     if name in self._seen:
+                        self._seen.remove(name)
                         continue
                     self._waiting.append(name)
                 with contextlib.suppress(UserError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import zlib
 from bisect import bisect_right
 from collections import OrderedDict
@@ -158,7 +159,7 @@ class ShardTable:
             self.copies.prefetch(
                 ((shard.place, shard.entry.bytes, shard.entry.sha256) for shard in wanted if is_remote(shard.place)),
                 # Workers ask for shards in processes of their own; the iterator itself keeps pace with the reading.
-                ahead=len(self.shards) + 1,
+                ahead=sys.maxsize,
             )
 
     def _locate(self, row: int) -> tuple[int, int]:
@@ -191,11 +192,19 @@ class ShardTable:
         # A shard that is gone is not looked for again with every sample: each look at a remote one may take minutes.
         if number not in self._lost:
             try:
-                return os.open(self._local(number), os.O_RDONLY)
+                return self._opened(number)
             except (OSError, UserError) as error:
                 reason = error if isinstance(error, UserError) else error.strerror
                 self._lost[number] = f"{self.shards[number].entry.place} cannot be opened ({reason})."
         raise BadImage(self._lost[number])
+
+    def _opened(self, number: int) -> int:
+        shard = self.shards[number]
+        if not is_remote(shard.place):
+            return os.open(shard.place, os.O_RDONLY)
+        assert self.copies is not None
+        with self.copies.open(shard.place, shard.entry.bytes, shard.entry.sha256) as file:
+            return os.dup(file.fileno())
 
     def _local(self, number: int) -> Path:
         shard = self.shards[number]
