@@ -129,7 +129,7 @@ def test_a_fault_without_end_ends_in_a_sentence(serve, tmp_path, name):
     server = serve({NAME: DATA}, itertools.repeat(fault))
     if kept:
         # Each attempt makes progress, so all of it arrives after all.
-        assert get(server, tmp_path / "x.tar")
+        assert get(server, tmp_path / "x.tar", timeout=0.3)
         return
     (tmp_path / "x.tar").write_bytes(b"old")
     with pytest.raises(UserError, match=r"could not be read at byte 0 in 3 attempts \(last: .+\); check the network"):
