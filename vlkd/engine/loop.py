@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -135,6 +136,8 @@ def train(
             row["samples_per_second"] = (stream.position - logged_position) / interval
             logged_position = stream.position
             bar.set_postfix({"loss": f"{row['loss']:.3f}", "lr": f"{rate:.1e}"}, refresh=False)
+            # A skipped update may have had others.
+            row = {name: value for name, value in row.items() if math.isfinite(value)}
             if log:
                 log.write(step, stream.position, row)
                 accelerator.log(row, step=step)
