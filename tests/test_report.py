@@ -464,6 +464,13 @@ def test_curves_are_grouped_and_ordered():
     assert [len(list(svg(plot).iter("polyline"))) for plot in curves(series, "steps")] == [3, 2, 1, 1, 1, 1]
 
 
+def test_parts_of_a_whole_stay_together():
+    shares = {"time/data": ([1.0, 2.0], [0.001, 0.002]), "time/student": ([1.0, 2.0], [0.9, 0.8])}
+    (plot,) = curves(shares, "steps")
+    assert next(svg(plot).iter("text")).text == "Shares of the time"
+    assert len(list(svg(plot).iter("polyline"))) == 2
+
+
 def test_a_report_without_parts_still_stands(tmp_path):
     page = Page(write_run_report(tmp_path, title="r", settings={"a": "1"}).read_text())
     assert [link["href"] for link in page.all("a")] == ["#section-0"]

@@ -31,11 +31,15 @@ _TITLES = {
     "logit_scale": "Logit scale",
     "gradient_norm": "Gradient norm",
     "samples_per_second": "Samples per second",
+    "time": "Shares of the time",
 }
 """Known groups of metrics, in the order of their plots; others follow under their own names."""
 
 _LOG_FROM = 50
 """Losses that span at least this ratio are drawn on a logarithmic axis."""
+
+_PARTS_OF_A_WHOLE = ("weight", "time")
+"""Groups that stay in one plot."""
 
 _APART_FROM = 10
 """Metrics whose largest values differ by at least this ratio (hit rates and ranks) get plots of their own."""
@@ -112,7 +116,7 @@ def write_run_report(
 def curves(series: Mapping[str, Series], x_label: str) -> list[Markup]:
     """One plot per group of names: what stands before the last slash, `loss` itself belonging to `loss/...`.
 
-    A group other than the losses is split where its metrics are of different size.
+    A group is split where its metrics are of different size, unless they are losses or parts of a whole.
     """
     groups: dict[str, dict[str, Series]] = {}
     for name, values in series.items():
@@ -133,7 +137,7 @@ def _plots(group: str, members: Mapping[str, Series], x_label: str) -> list[Mark
         values = [y for series in members.values() for y in _finite(series)]
         log_y = bool(values) and min(values) > 0 and max(values) / min(values) >= _LOG_FROM
         return [line_plot(members, title=title, x_label=x_label, y_label="loss", log_y=log_y)]
-    if sizes and max(sizes) / min(sizes) >= _APART_FROM:
+    if sizes and top not in _PARTS_OF_A_WHOLE and max(sizes) / min(sizes) >= _APART_FROM:
         return [
             line_plot({name: series}, title=f"{title}, {_spaced(name)}", x_label=x_label, y_label="")
             for name, series in members.items()
