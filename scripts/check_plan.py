@@ -23,26 +23,35 @@ from pathlib import Path
 
 VLKD = [sys.executable, "-m", "vlkd.cli.main"]
 TARGET = 0.25
+ROWS = ("alone", "online", "cached")
 
 
 def main() -> None:
     """Plan, run, compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, metavar="PATH", help="captioned training images")
-    parser.add_argument("--teachers", nargs="+", default=[], metavar="REF", help="without any, rows with teachers fall out")
+    parser.add_argument(
+        "--teachers", nargs="+", default=[], metavar="REF", help="without any, rows with teachers fall out"
+    )
     parser.add_argument("--seconds", type=float, default=40.0, help="of training in each run, default %(default)s")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--views", type=int, default=1, help="stored per image, default %(default)s")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
-    parser.add_argument("--rows", nargs="+", choices=("alone", "online", "cached"), default=("alone", "online", "cached"))
+    parser.add_argument(
+        "--rows", nargs="+", choices=("alone", "online", "cached"), default=("alone", "online", "cached")
+    )
     parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="further settings of the recipe")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    # Otherwise the run that is measured would go on when this script is ended.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     found = []
     with tempfile.TemporaryDirectory() as temporary:
         for kind in args.rows:
             for workers in args.workers if args.teachers or kind == "alone" else ():
-                row = compare(f"{kind}, {workers} workers", settings(args, kind, workers, temporary), workers, args.seconds)
+                row = compare(
+                    f"{kind}, {workers} workers", settings(args, kind, workers, temporary), workers, args.seconds
+                )
                 found += row
                 print("\n".join(map(words, row)), flush=True)
     worst = max(abs(row["ratio"] - 1) for row in found)

@@ -67,3 +67,34 @@ def test_data_without_a_model_are_refused(capsys):
         main(["doctor", "--data", "shards"])
     assert stop.value.code == 2
     assert "name at least one REF" in capsys.readouterr().err
+
+
+def test_a_run_is_planned_in_a_process_of_its_own(tmp_path, capsys):
+    words = ["smoke=true", f"out={tmp_path / 'run'}", "teachers.refs=a,b", "method.matching=1"]
+    main(["doctor", "--json", "--plan", "retriever", *words])
+    lines = capsys.readouterr().out.splitlines()
+    plan = json.loads(lines[-1])["plan"]
+    assert (plan["task"], plan["settings"]) == ("retriever", words)
+    assert plan["images_per_second"]["run"] > 0
+    table = "\n".join(lines)
+    for name in ("memory of the machine", "  activations", "  teacher teacher1", "  this run", "when it pays"):
+        assert f"\n{name}" in table or f"\n  {name}" in table
+    assert plan["bottleneck"]["sentence"] in table
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--plan", "retreiver"], "Did you mean 'retriever'"),
+        (["--plan", "retriever", "train.batch=8"], "No setting is called 'train.batch'"),
+        (["--plan", "retriever", "smoke=true", "--ranks", "0"], "--ranks is 0"),
+    ],
+)
+def test_a_plan_that_cannot_be_made_ends_with_one_sentence(words, sentence, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["doctor", *words])
+    assert stop.value.code == 2
+    captured = capsys.readouterr()
+    assert sentence in captured.err
+    assert len(captured.err.splitlines()) == 1

@@ -129,6 +129,18 @@ def test_ranks_share_the_batches_of_one(pairs, world_size):
         assert torch.equal(pixels, expected.inputs["student"]["pixels"])
 
 
+def test_small_tensors_travel_as_arrays_and_come_back(pairs, monkeypatch):
+    batch = next(iter(BatchStream(sequence(pairs, wanted=consumers()), batch_size=3, samples=12)))
+    monkeypatch.setattr("vlkd.data.samples.SMALL_BYTES", batch.inputs["student"]["pixels"].nbytes - 1)
+    state = batch.__getstate__()
+    travelling = [*state.values(), *state["inputs"]["student"].values()]
+    assert [part.shape[1:] for part in travelling if isinstance(part, torch.Tensor)] == [(3, 24, 24)]
+    found = pickle.loads(pickle.dumps(batch))
+    assert_same(found, batch)
+    assert found.captioned.dtype == torch.bool
+    found.rows.add_(1)
+
+
 def test_workers_change_nothing(pairs):
     alone, helped = (
         list(BatchStream(sequence(pairs, wanted=consumers()), batch_size=3, samples=12, workers=workers))

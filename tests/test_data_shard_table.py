@@ -177,14 +177,48 @@ def test_a_shard_that_shrinks_or_vanishes_while_it_is_read(own):
     assert table.image(14).size
 
 
-def test_a_hundred_bad_samples_in_a_row_end_the_run(tmp_path, monkeypatch):
-    folder = write(tmp_path / "many", rows=150, per_shard=50)
-    table = open_shards(str(folder))
-    for tar in folder.glob("*.tar"):
-        tar.unlink()
-    monkeypatch.setattr("vlkd.data.loader.MAX_BAD_SHARE", 1.0)
-    with pytest.raises(UserError, match="104 samples in a row cannot be used"):
-        list(stream(table, samples=150))
+def test_much_of_the_latest_samples_bad_ends_the_run(tmp_path, monkeypatch):
+    """A small source of a mixture that is gone is under a twentieth of the rows, and most of what is drawn."""
+    folders = [write(tmp_path / "large", rows=150, per_shard=50), write(tmp_path / "small", rows=6, per_shard=6)]
+    tables = [open_shards(str(folder)) for folder in folders]
+    joined = ShardTable([shard for table in tables for shard in table.shards])
+    (tmp_path / "small" / "000000.tar").unlink()
+    plan = Plan([table.sizes() for table in tables], seed=0, weights=(1, 4))
+    batches = stream(joined, plan=plan, samples=4000)
+    with pytest.raises(UserError, match=r"1\d\d of the latest 1\d\d samples cannot be used"):
+        list(batches)
+    # Before that, a rate of four fifths does not end it: too few samples are known.
+    assert 112 <= batches.position <= 200
+
+
+def test_a_shard_that_comes_back_is_read_again(own, monkeypatch):
+    table = open_shards(str(own))
+    first = sorted(own.glob("*.tar"))[0]
+    now = [1000.0]
+    monkeypatch.setattr("vlkd.data.shard_table.time.monotonic", lambda: now[0])
+    away = first.rename(own / "away")
+    with pytest.raises(BadImage, match="cannot be opened"):
+        table.image(0)
+    away.rename(first)
+    now[0] += 1
+    with pytest.raises(BadImage, match="cannot be opened"):
+        table.image(0)
+    now[0] += 600
+    assert table.image(0).size
+
+
+def test_what_the_scan_left_out_is_told_and_new_shards_are_not_passed_over(own, tmp_path):
+    (own / "999999.tar").write_bytes(b"no tar")
+    with pytest.raises(UserError, match=r"holds 1 shards that are not in its scan.json \(first 999999.tar\)"):
+        open_shards(str(own))
+    scan_shards([str(own)], None, workers=1)
+    table = open_shards(str(own))
+    assert len(table) == ROWS
+    assert len(table.problems) == 1
+    assert table.problems[0].startswith("999999.tar: ")
+    sorted(own.glob("*.index.safetensors"))[2].unlink()
+    with pytest.raises(UserError, match="is missing; run `vlkd prep scan` again"):
+        open_shards(str(own))
 
 
 def test_missing_and_changed_shards_are_refused_when_opened(own):

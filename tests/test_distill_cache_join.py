@@ -92,6 +92,33 @@ def test_several_sources_are_joined_one_after_the_other(made):
     assert teacher.view(5, 1) == reader.view(1, 1)
 
 
+def test_a_tar_that_is_there_twice_is_joined_twice(made, tmp_path):
+    root, model, _ = made
+    shutil.copytree(root / "train", tmp_path / "train")
+    for index in (tmp_path / "train").glob("*[!r]"):
+        index.unlink()
+    shutil.copy(tmp_path / "train" / "000000.tar", tmp_path / "train" / "000002.tar")
+    table = open_shards(str(tmp_path / "train"))
+    twice = ensure_cache(tmp_path / "cache", "one", model, table, SPEC)
+    views = torch.ones(12, dtype=torch.int64)
+    found = twice.image("image.embed", torch.arange(12), views)
+    assert torch.equal(found[8:], found[:4])
+    assert found[:6].norm(dim=1).min() > 0
+    assert [twice.view(row, 1) for row in range(8, 12)] == [twice.view(row, 1) for row in range(4)]
+    again = open_cache(tmp_path / "cache", "one", model, table, SPEC)
+    assert again.captions == 7 + sum(len(texts) for texts in TEXTS[:4])
+
+
+def test_a_shard_that_cannot_be_read_now_is_not_stored_as_unreadable(made, tmp_path):
+    root, model, _ = made
+    shutil.copytree(root / "train", tmp_path / "train")
+    table = open_shards(str(tmp_path / "train"))
+    (tmp_path / "train" / "000001.tar").unlink()
+    with pytest.raises(UserError, match=r"000001.tar cannot be (opened|read)"):
+        ensure_cache(tmp_path / "cache", "one", model, table, SPEC)
+    assert not list((tmp_path / "cache").glob("000001*"))
+
+
 def test_a_shard_that_was_written_anew_is_refused(made, tmp_path):
     root, model, _ = made
     shutil.copytree(root / "train", tmp_path / "train")

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from statistics import median
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from vlkd.engine.clock import Clock, CountedTeacher
 from vlkd.engine.spikes import FIRST, LONGEST_RUN, WINDOW, SpikeGuard
 from vlkd.errors import UserError
+
+
+def guard_of(factor: float, path: Path | None = None) -> SpikeGuard:
+    guard = SpikeGuard(factor, nn.Linear(1, 1))
+    if path:
+        guard.write_to(path, 0)
+    return guard
 
 
 def takes(guard: SpikeGuard, norm: float, step: int = 1) -> bool:
@@ -23,7 +32,7 @@ def test_it_takes_what_the_rule_says(tmp_path):
     norms = np.random.default_rng(0).lognormal(0, 0.8, size=600).tolist()
     norms[300] = math.nan
     norms[301] = math.inf
-    guard = SpikeGuard(3.0, tmp_path / "spikes.jsonl")
+    guard = guard_of(3.0, tmp_path / "spikes.jsonl")
     kept: list[float] = []
     skipped = []
     for step, norm in enumerate(norms):
@@ -43,13 +52,13 @@ def test_it_takes_what_the_rule_says(tmp_path):
 
 
 def test_without_a_factor_everything_is_taken(tmp_path):
-    guard = SpikeGuard(0.0, tmp_path / "spikes.jsonl")
+    guard = guard_of(0.0, tmp_path / "spikes.jsonl")
     assert takes(guard, math.inf)
     assert not (tmp_path / "spikes.jsonl").exists()
 
 
 def test_twenty_in_a_row_end_the_run_and_one_good_one_begins_anew():
-    guard = SpikeGuard(2.0, None)
+    guard = guard_of(2.0)
     for _ in range(LONGEST_RUN - 1):
         assert not takes(guard, math.nan)
     assert takes(guard, 1.0)
@@ -61,13 +70,45 @@ def test_twenty_in_a_row_end_the_run_and_one_good_one_begins_anew():
 
 def test_its_state_goes_on_with_the_same_judgement():
     norms = np.random.default_rng(1).lognormal(0, 1, size=400).astype(np.float32).tolist()
-    whole, first = SpikeGuard(2.0, None), SpikeGuard(2.0, None)
+    whole, first = guard_of(2.0), guard_of(2.0)
     expected = [takes(whole, norm) for norm in norms]
     found = [takes(first, norm) for norm in norms[:171]]
-    second = SpikeGuard(2.0, None)
+    second = guard_of(2.0)
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert found + [takes(second, norm) for norm in norms[171:]] == expected
     assert second.state_dict() == whole.state_dict()
+
+
+def test_a_skipped_update_leaves_no_trace_in_running_statistics():
+    norm = nn.BatchNorm1d(3)
+    guard = SpikeGuard(2.0, norm)
+    norm(torch.rand(5, 3))
+    before = {name: value.clone() for name, value in norm.state_dict().items()}
+    guard.before()
+    norm(torch.full((5, 3), torch.nan))
+    assert not norm.running_mean.isfinite().any()
+    assert not takes(guard, math.nan)
+    for name, value in norm.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_batches_without_a_gradient_are_no_measure():
+    guard = guard_of(2.0)
+    for _ in range(100):
+        assert takes(guard, 1.0)
+        assert takes(guard, 0.0)
+    assert takes(guard, 1.9)
+
+
+def test_what_was_skipped_behind_the_checkpoint_is_told_once(tmp_path):
+    first = guard_of(2.0, tmp_path / "spikes.jsonl")
+    for step in (3, 7):
+        takes(first, math.nan, step)
+    second = SpikeGuard(2.0, nn.Linear(1, 1))
+    second.write_to(tmp_path / "spikes.jsonl", 5)
+    takes(second, math.nan, 7)
+    rows = (tmp_path / "spikes.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [3, 7]
 
 
 def test_the_clock_splits_what_passes(monkeypatch):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import pickle
+import random
 import subprocess
 import sys
 
 import pytest
 import torch
 from helpers.tiny_models import CAPTIONS, tiny_tokenizer
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from vlkd.errors import UserError
 from vlkd.models.tokenizer import CompactTokenizer, train_tokenizer
@@ -20,6 +23,38 @@ def test_words_are_found_again_whatever_their_case_and_width():
     found = tokenizer.tokenize(["A RED ｓｑｕａｒｅ"], 16)
     assert found["ids"].tolist() == [[2, vocabulary["▁a"], vocabulary["▁red"], vocabulary["▁square"]]]
     assert tokenizer.tokenize(["🦉"], 16)["ids"].tolist() == [[2, vocabulary["▁"], 1]]
+
+
+def test_words_by_themselves_are_the_text_as_a_whole():
+    """Also with other spaces, marks that combine, letters of several cases, and names of special tokens."""
+    tokenizer = train_tokenizer([*CAPTIONS, "Straße, ÉTÉ σΣς [x] don't"], vocab_size=120, min_frequency=1)
+    characters = [
+        chr(code) for code in (*range(0x180), *range(0x300, 0x310), *range(0x2000, 0x2070), *range(0xFB00, 0xFB10))
+    ]
+    parts = [
+        *characters,
+        *["a", "red", "DOG", "σΣς", " ", "  ", "\u3000", "[CLS]", "[PAD]", "[UNK]", "\u2581", "¨", "🦉"] * 30,
+    ]
+    draw = random.Random(0)
+    for _ in range(3000):
+        text = "".join(draw.choices(parts, k=draw.randrange(12)))
+        assert tokenizer.ids(text) == tokenizer.backend.encode(text).ids, ascii(text)
+
+
+def test_another_pipeline_sees_the_whole_text():
+    tokenizer = tiny_tokenizer()
+    backend = Tokenizer.from_str(tokenizer.backend.to_str())
+    backend.post_processor = TemplateProcessing(single="[CLS] $A [UNK]", special_tokens=[("[CLS]", 2), ("[UNK]", 1)])
+    assert CompactTokenizer(backend).ids("a red dog") == [*tokenizer.ids("a red dog"), 1]
+
+
+def test_no_more_words_are_remembered_than_said(monkeypatch):
+    monkeypatch.setattr("vlkd.models.tokenizer.REMEMBERED", 3)
+    tokenizer = tiny_tokenizer()
+    for number in range(20):
+        tokenizer.ids(f"a red dog{number} {'x' * 100}")
+        assert len(tokenizer._words) <= 3
+    assert tokenizer.ids("a red dog") == tokenizer.backend.encode("a red dog").ids
 
 
 def test_padding_and_truncation():

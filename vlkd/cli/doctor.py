@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 EPILOG = """examples:
   vlkd doctor
   vlkd doctor runs/teacher/student open_clip:ViT-B-16@datacomp_xl_s13b_b90k --data shards/val
-  vlkd doctor --plan pretrain data.train=shards/train data.workers=8 teachers.refs=runs/teacher/student method.matching=8
+  vlkd doctor --plan pretrain data.train=shards/train data.workers=8 teachers.refs=runs/a/student method.matching=8
 """
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "transformers", "timm", "accelerate", "faiss-cpu", "webdataset")
 EXTRAS = {"demo": "qtawesome", "log": "tensorboard"}
@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> None:
     for name, value in found.items():
         print(f"{name:<16} {value}")
     rows = check_models(args.models, args.data) if args.models else []
-    told = {"command": "doctor", "environment": found, "models": rows}
+    told: dict[str, Any] = {"command": "doctor", "environment": found, "models": rows}
     if args.plan:
         task, *settings = args.plan
         told["plan"] = plan(task, settings, memory=memory_bytes(), cores=cores(), ranks=args.ranks)

@@ -61,7 +61,7 @@ def print_plan(found: dict[str, Any]) -> None:
 
 def lines(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Name and words of each line."""
-    from vlkd.engine.cost import duration, gib
+    from vlkd.engine.cost import count, duration, gib
 
     run, rates, seconds, measured = (found[name] for name in ("run", "images_per_second", "seconds", "measured"))
     machine, cache = found["machine"], found["cache"]
@@ -77,15 +77,15 @@ def lines(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
         for name, size in place["parts"].items():
             yield f"  {name}", gib(size) + (f" ({run['accumulate']} parts)" if _in_parts(name, run) else "")
     yield "images/s", ""
-    yield "  decoding, one process", f"{rates['decoding_per_process']:.4g}"
-    yield "  decoding, all", f"{rates['decoding']:.4g}"
-    yield "  student's step alone", f"{rates['student']:.4g}"
+    yield "  decoding, one process", count(rates["decoding_per_process"])
+    yield "  decoding, all", count(rates["decoding"])
+    yield "  student's step alone", count(rates["student"])
     for name, rate in rates["teachers"].items():
-        yield f"  teacher {name}", f"{rate:.4g}"
+        yield f"  teacher {name}", count(rate)
     if cache:
-        yield "  run, teachers online", f"{rates['online']:.4g}"
-        yield "  run, teachers stored", f"{rates['cached']:.4g}"
-    yield "  this run", f"{rates['run']:.4g}"
+        yield "  run, teachers online", count(rates["online"])
+        yield "  run, teachers stored", count(rates["cached"])
+    yield "  this run", count(rates["run"])
     yield "time", f"{duration(seconds['run'])} for {run['samples']:,} samples, evaluation and saving aside"
     if cache:
         sizes = ", ".join(f"{name} {gib(size)}" for name, size in cache["bytes"].items())
@@ -93,7 +93,7 @@ def lines(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
         missing = f"{gib(cache['missing_bytes'])} in {duration(cache['build_seconds'])}"
         yield "  still to build", f"{missing}; {gib(cache['free_bytes'])} free"
         yield "  when it pays", cache["sentence"]
-    yield "bottleneck", found["bottleneck"]["sentence"]
+    yield "what limits it", found["bottleneck"]["sentence"]
 
 
 def _in_parts(name: str, run: dict[str, Any]) -> bool:

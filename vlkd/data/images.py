@@ -19,6 +19,10 @@ class BadImage(UserError):
     """A picture that cannot be used: unreadable, cut short, too large, or in a form without defined colours."""
 
 
+class Unavailable(BadImage):
+    """A picture that cannot be read now, because its disk or server does not answer."""
+
+
 def open_image(data: bytes | Path, *, max_pixels: int = 50_000_000, size_hint: int | None = None) -> Image.Image:
     """Decode a picture to mode RGB, upright (EXIF), alpha and palette transparency on white.
 

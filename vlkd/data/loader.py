@@ -1,12 +1,15 @@
 """Batches in a deterministic order, with a state that continues it.
 
-Position p of the endless sample sequence belongs to batch p // B of all ranks; each rank takes its own consecutive part
-of it. What is left of an epoch when a batch is full begins the next batch.
+A batch of all ranks is B consecutive positions of the endless sample sequence; each rank takes its own consecutive part
+of them. What is left of an epoch when a batch is full begins the next batch.
 """
 
 from __future__ import annotations
 
+import contextlib
+import re
 import threading
+from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,12 +17,14 @@ import torch
 from torch.utils.data import DataLoader
 
 from vlkd.data.plan import Coverage
-from vlkd.data.samples import Batch, SampleSequence, _Sample
+from vlkd.data.samples import Batch, Sample, SampleSequence
 from vlkd.data.sources import MAX_BAD_SHARE
 from vlkd.errors import UserError
 
-MAX_BAD_RUN = 100
-"""So many samples in a row that cannot be used end a run: a disk is gone, or a server."""
+RECENT, MAX_BAD_RECENT = 1000, 100
+"""A run ends when of the latest 1,000 samples more than half, and at least 100, cannot be used: a disk is gone, or a
+server, or the data of a small source in a mixture."""
+SHOWN_BAD = 5
 
 
 class _RankPositions:
@@ -79,11 +84,15 @@ class BatchStream:
         self.world_size = world_size
         self.position = 0
         self.bad: dict[str, str] = {}
-        self.bad_run = 0
+        self.unshared: dict[str, str] = {}
+        self._recent: deque[tuple[int, int]] = deque()
         self.fingerprint = sequence.table.fingerprint()
 
     def set_epoch(self, epoch: int) -> None:
-        """Go to the first sample of an epoch, from 0; only a loop of one's own needs this."""
+        """Go to where `epoch` times as many samples as the table has were drawn; for a loop of one's own.
+
+        Without weights that is the first sample of an epoch, from 0; with weights each source has epochs of its own.
+        """
         self.position = epoch * len(self.sequence.table)
 
     def coverage(self) -> list[Coverage]:
@@ -91,15 +100,7 @@ class BatchStream:
         return self.sequence.plan.coverage(self.position)
 
     def __iter__(self) -> Iterator[Batch]:
-        ended = threading.Event()
-        self.sequence.table.prefetch(self._ahead(ended))
-        try:
-            yield from self._batches()
-        finally:
-            ended.set()
-
-    def _batches(self) -> Iterator[Batch]:
-        loader: DataLoader[_Sample] = DataLoader(
+        loader: DataLoader[Sample] = DataLoader(
             self.sequence,
             batch_sampler=_RankPositions(self.position, self.samples, self.batch_size, self.rank, self.world_size),
             collate_fn=self.sequence.collate,
@@ -109,10 +110,19 @@ class BatchStream:
             # ahead of an uninterrupted run's: dropout would differ.
             generator=torch.Generator(),
         )
-        for batch in loader:
-            self.position += self.batch_size
-            self._count_bad(batch)
-            yield batch
+        batches = iter(loader)
+        ended = threading.Event()
+        # Behind the workers' start, because a forked process must not have a thread's locks.
+        self.sequence.table.prefetch(self._ahead(ended))
+        try:
+            for _ in range(len(loader)):
+                with plain_errors():
+                    batch = next(batches)
+                self.position += self.batch_size
+                self._count_bad(batch)
+                yield batch
+        finally:
+            ended.set()
 
     def _ahead(self, ended: threading.Event) -> Iterator[int]:
         """Shards in the order of reading, each as soon as the block before its own is begun."""
@@ -126,8 +136,16 @@ class BatchStream:
             yield shard
 
     def _count_bad(self, batch: Batch) -> None:
-        self.bad |= batch.bad
-        self.bad_run = 0 if batch.keys else self.bad_run + len(batch.bad)
+        """Name what is left out, and refuse to go on without much of the data or of the latest samples."""
+        for key, reason in batch.bad.items():
+            if key not in self.bad:
+                self.unshared[key] = reason
+                if len(self.bad) < SHOWN_BAD:
+                    print(f"left out: {key}: {reason}", flush=True)
+            self.bad[key] = reason
+        self._recent.append((len(batch.bad), len(batch.keys) + len(batch.bad)))
+        while sum(drawn for _, drawn in self._recent) - self._recent[0][1] >= RECENT:
+            self._recent.popleft()
         if not batch.bad:
             return
         first, reason = next(iter(batch.bad.items()))
@@ -136,10 +154,11 @@ class BatchStream:
                 f"{len(self.bad)} samples cannot be used, more than {MAX_BAD_SHARE:.0%} of the data (for instance "
                 f"{first}: {reason}); mend or remove them."
             )
-        if self.bad_run >= MAX_BAD_RUN:
+        bad, drawn = (sum(counts) for counts in zip(*self._recent, strict=True))
+        if bad >= MAX_BAD_RECENT and 2 * bad > drawn:
             raise UserError(
-                f"{self.bad_run} samples in a row cannot be used (for instance {first}: {reason}); see that the data "
-                "can be read, then give the same command to continue."
+                f"{bad} of the latest {drawn} samples cannot be used (for instance {first}: {reason}); see that the "
+                "data can be read, then give the same command to continue."
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -168,3 +187,23 @@ class BatchStream:
                 )
         self.position = int(state["samples"])
         self.bad = dict(state["bad"])
+
+
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """Give a worker's error as it was raised there, and a killed worker as a sentence."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error).rstrip()
+        # torch wraps the worker's whole traceback into the message; the last line is `module.Class: sentence`.
+        if text.startswith("Caught "):
+            raise UserError(text.rpartition("\n")[2].partition(": ")[2]) from None
+        raise
+    except RuntimeError as error:
+        if not re.match(r"DataLoader worker \(pid.*\) (is killed|exited)", str(error)):
+            raise
+        raise UserError(
+            "A worker that decodes images was killed, as when memory ends; set data.workers lower if it happens again, "
+            "and give the same command to continue."
+        ) from None

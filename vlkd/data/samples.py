@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image as pictures
 from PIL.Image import Image
@@ -24,6 +26,8 @@ from vlkd.data.views import View, ViewSettings, colors, draws, geometry, view_of
 from vlkd.features import Preprocessing
 
 BLANK = pictures.new("RGB", (8, 8))
+SMALL_BYTES = 1 << 18
+"""Tensors of a batch up to this size travel between processes inside of its message."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,26 @@ class Batch:
             inputs=moved,
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: _packed(value) for name, value in self.__dict__.items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({name: _unpacked(value) for name, value in state.items()})
+
+
+def _packed(value: Any) -> Any:
+    """Small tensors as arrays: each tensor that travels takes a file, and a connection to hand it over."""
+    if isinstance(value, dict):
+        return {name: _packed(part) for name, part in value.items()}
+    small = isinstance(value, Tensor) and value.is_cpu and value.nbytes <= SMALL_BYTES
+    return value.numpy() if small else value
+
+
+def _unpacked(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _unpacked(part) for name, part in value.items()}
+    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+
 
 @dataclass(frozen=True, kw_only=True)
 class Consumer:
@@ -86,7 +110,7 @@ class Consumer:
 
 
 @dataclass(frozen=True)
-class _Sample:
+class Sample:
     key: str
     row: int
     view: int
@@ -97,7 +121,7 @@ class _Sample:
     problem: str = ""
 
 
-class SampleSequence(Dataset[_Sample]):
+class SampleSequence(Dataset[Sample]):
     """The endless sequence of samples, by position.
 
     Args:
@@ -145,21 +169,21 @@ class SampleSequence(Dataset[_Sample]):
         row, epoch = self.plan.row(position)
         return row, epoch % self.view_cycle if self.view_cycle else epoch
 
-    def __getitem__(self, position: int) -> _Sample:
+    def __getitem__(self, position: int) -> Sample:
         row, epoch = self.plan.row(position)
         number = epoch % self.view_cycle if self.view_cycle else epoch
         key = self.table.key(row)
         if row in self.unusable:
-            return _Sample(key, row, number, problem="it was unreadable when the teachers' features were stored")
+            return Sample(key, row, number, problem="it was unreadable when the teachers' features were stored")
         try:
             captions = self.table.captions_of(row)
             pixels = self._pixels(row, key, number)
         except BadImage as error:
-            return _Sample(key, row, number, problem=str(error))
+            return Sample(key, row, number, problem=str(error))
         if not captions:
-            return _Sample(key, row, number, pixels=pixels)
+            return Sample(key, row, number, pixels=pixels)
         choice = int(draws(self.seed, key, epoch, "caption")[0] * len(captions))
-        return _Sample(
+        return Sample(
             key,
             row,
             number,
@@ -194,7 +218,7 @@ class SampleSequence(Dataset[_Sample]):
             return self.table.image(row, size_hint=hint)
         return self.decoded.image(row)
 
-    def collate(self, samples: Sequence[_Sample]) -> Batch:
+    def collate(self, samples: Sequence[Sample]) -> Batch:
         """Stack samples, tokenising their captions once per model."""
         good = [sample for sample in samples if not sample.problem]
         captioned = [sample for sample in good if sample.text >= 0]
@@ -217,7 +241,7 @@ class SampleSequence(Dataset[_Sample]):
             captioned=torch.tensor([sample.text >= 0 for sample in good], dtype=torch.bool),
             texts=torch.tensor([sample.text for sample in captioned], dtype=torch.int64),
             caption_ids=torch.tensor([caption_id(text) for text in texts], dtype=torch.int64),
-            own_ids=torch.tensor(own_ids, dtype=torch.int64).view(len(captioned), self.most_captions),
+            own_ids=torch.from_numpy(np.array(own_ids, dtype=np.int64).reshape(len(captioned), self.most_captions)),
             inputs=inputs,
             bad={sample.key: sample.problem for sample in samples if sample.problem},
         )

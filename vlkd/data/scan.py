@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 
 from vlkd.data.files import check_counts, strict_json, write_whole
@@ -41,6 +42,7 @@ __all__ = [
 ]
 
 FORMAT, VERSION, SCAN_FILE = "vlkd-scan", 1, "scan.json"
+LOCK = ".scan.lock"
 MAX_LEFT_OUT = 0.05
 """Above this share of shards that cannot be used (one is always allowed), the scan is refused."""
 _TOTALS = ("bytes", "samples", "labelled", "captions")
@@ -212,6 +214,12 @@ def scan_shards(refs: Sequence[str], folder: Path | None, *, workers: int, again
         Task(place=place, name=name, index=folder / index, again=again)
         for place, name, index in zip(places, names, index_names(names), strict=True)
     ]
+    # Two scans of one folder, as of runs that begin together, would take each other's unfinished files for leftovers.
+    with FileLock(folder / LOCK):
+        return _scan(folder, tasks, workers)
+
+
+def _scan(folder: Path, tasks: Sequence[Task], workers: int) -> Scan:
     done = _run_all(tasks, workers)
     entries, hashes, left_out = [], [], []
     for task, found in zip(tasks, done, strict=True):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import sys
+import time
 import zlib
 from bisect import bisect_right
 from collections import OrderedDict
@@ -16,20 +18,25 @@ from typing import Any, TypeVar
 
 from PIL.Image import Image
 
-from vlkd.data.images import BadImage, open_image
+from vlkd.data.images import BadImage, Unavailable, open_image
 from vlkd.data.local_copies import LocalCopies
 from vlkd.data.remote import is_remote
 from vlkd.data.scan import SCAN_FILE, Scan, ShardEntry, entry_place, read_scan, scan_shards
 from vlkd.data.shard_rows import SUFFIX, Extent, ShardRows, read_rows
 from vlkd.data.shards import join_captions
-from vlkd.data.sources import ImageFile, row_state
+from vlkd.data.sources import ImageFile, place_of, row_state, spread
 from vlkd.data.table import Part
 from vlkd.errors import UserError
 
 Kept = TypeVar("Kept")
 
-OPENED = 64
-"""Indexes and files held open; a plan that mixes fewer shards than half of it at a time opens each of them once."""
+OPENED, OPENED_COPIES = 64, 16
+"""Indexes and local files held open, and copies of remote shards: one that is removed to make room for others takes its
+space as long as it is open."""
+RETRIED_AFTER = 600.0
+"""Seconds until a shard that could not be opened is looked for again."""
+LOOKED_INTO = 8
+"""Shards from which rows are taken to look at."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,25 +66,35 @@ class ShardTable:
     Args:
         shards: of all sources, in order.
         copies: where remote shards are kept; local ones need none.
+        problems: what the scan left out, in words.
+        opened: shards read at a time, of which more than `OPENED` are held open only if this says so.
 
     Raises:
-        UserError: a local shard is missing, or has another size than when it was scanned.
+        UserError: an index is missing, or a local shard is, or has another size than when it was scanned.
     """
 
-    problems: Sequence[str] = ()
-
-    def __init__(self, shards: Sequence[IndexedShard], copies: LocalCopies | None = None) -> None:
+    def __init__(
+        self,
+        shards: Sequence[IndexedShard],
+        copies: LocalCopies | None = None,
+        *,
+        problems: Sequence[str] = (),
+        opened: int = 0,
+    ) -> None:
         self.shards = tuple(shards)
         self.copies = copies
+        self.problems = tuple(problems)
         for shard in self.shards:
-            if not is_remote(shard.place):
-                _check_size(shard)
+            _check_files(shard)
+        self.opened = max(OPENED, opened)
+        remote = any(is_remote(shard.place) for shard in self.shards)
+        self.opened_files = max(OPENED_COPIES, opened) if remote else self.opened
         # Lists, because a single number is looked up in them many times faster than in an array.
         self.ends = list(accumulate(shard.entry.samples for shard in self.shards))
         self.text_ends = list(accumulate(shard.entry.captions for shard in self.shards))
         self._rows: OrderedDict[int, ShardRows] = OrderedDict()
         self._files: OrderedDict[int, int] = OrderedDict()
-        self._lost: dict[int, str] = {}
+        self._lost: dict[int, tuple[float, str]] = {}
 
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
@@ -111,6 +128,10 @@ class ShardTable:
     def sizes(self) -> list[int]:
         """The samples of each shard."""
         return [shard.entry.samples for shard in self.shards]
+
+    def spread_rows(self, count: int) -> list[int]:
+        """Rows to look at, spread over the first shards alone, so that few are opened or fetched."""
+        return spread(int(self.ends[:LOOKED_INTO][-1]), count) if len(self) else []
 
     def fingerprint(self) -> str:
         """A hash of the shards' content, wherever they lie."""
@@ -176,27 +197,31 @@ class ShardTable:
                 raise UserError(f"{shard.index} is of another scan than its scan.json; run `vlkd prep scan` again.")
             return rows
 
-        return _kept(self._rows, number, read, lambda _: None)
+        return _kept(self._rows, self.opened, number, read, lambda _: None)
 
     def _read(self, number: int, extent: Extent, key: str) -> bytes:
-        file = _kept(self._files, number, lambda: self._open(number), os.close)
+        file = _kept(self._files, self.opened_files, number, lambda: self._open(number), os.close)
         try:
             data = os.pread(file, extent.size, extent.offset)
         except OSError as error:
-            raise BadImage(f"{key} of {self.shards[number].entry.place} cannot be read ({error.strerror}).") from None
+            reason = f"{key} of {self.shards[number].entry.place} cannot be read ({error.strerror})."
+            raise Unavailable(reason) from None
         if len(data) != extent.size or zlib.crc32(data) != extent.crc:
             raise BadImage(f"{key} of {self.shards[number].entry.place} has changed since it was scanned.")
         return data
 
     def _open(self, number: int) -> int:
         # A shard that is gone is not looked for again with every sample: each look at a remote one may take minutes.
-        if number not in self._lost:
+        since, reason = self._lost.get(number, (-math.inf, ""))
+        if time.monotonic() - since > RETRIED_AFTER:
             try:
                 return self._opened(number)
-            except (OSError, UserError) as error:
-                reason = error if isinstance(error, UserError) else error.strerror
-                self._lost[number] = f"{self.shards[number].entry.place} cannot be opened ({reason})."
-        raise BadImage(self._lost[number])
+            except OSError as error:
+                reason = f"{self.shards[number].entry.place} cannot be opened ({error.strerror})."
+            except UserError as error:
+                reason = str(error)
+            self._lost[number] = time.monotonic(), reason
+        raise Unavailable(reason)
 
     def _opened(self, number: int) -> int:
         shard = self.shards[number]
@@ -224,7 +249,7 @@ def open_shards(ref: str, copies: LocalCopies | None = None) -> ShardTable:
     Raises:
         UserError: there is no such folder, or no shard in it with a sample.
     """
-    path, _, split = ref.partition("#") if not Path(ref).exists() else (ref, "", "")
+    path, split = place_of(ref)
     folder = Path(path) / split
     if not folder.is_dir():
         raise UserError(
@@ -238,10 +263,22 @@ def open_shards(ref: str, copies: LocalCopies | None = None) -> ShardTable:
             )
         print(f"{folder}: no {SCAN_FILE} yet, the shards are scanned once", flush=True)
         scan_shards([str(folder)], None, workers=os.cpu_count() or 1)
-    table = ShardTable(indexed_shards(read_scan(folder)), copies)
-    if not len(table):
-        raise UserError(f"{folder}: its shards hold no sample; see `vlkd prep scan {folder}`.")
-    return table
+    scan = read_scan(folder)
+    return ShardTable(indexed_shards(scan), copies, problems=scan_problems(scan))
+
+
+def scan_problems(scan: Scan) -> list[str]:
+    """What training does without, in words; raises `UserError` for shards that came after the scan."""
+    places = [entry.place for entry in scan.shards] + [row.place for row in scan.left_out]
+    known = {os.path.basename(place) for place in places}
+    new = sorted(path.name for path in scan.folder.glob("*.tar") if path.name not in known)
+    if new:
+        raise UserError(
+            f"{scan.folder} holds {len(new)} shards that are not in its {SCAN_FILE} (first {new[0]}); run "
+            f"`vlkd prep scan {scan.folder}` again, or move them away."
+        )
+    kinds = [f"{count} of kind {kind!r}" for kind, count in scan.problem_counts().items()]
+    return [f"{row.place}: {row.reason}" for row in scan.left_out] + kinds
 
 
 def indexed_shards(scan: Scan) -> list[IndexedShard]:
@@ -258,19 +295,25 @@ def indexed_shards(scan: Scan) -> list[IndexedShard]:
     ]
 
 
-def _kept(known: OrderedDict[int, Kept], number: int, make: Callable[[], Kept], drop: Callable[[Kept], object]) -> Kept:
-    """The latest `OPENED` of what was made."""
+def _kept(
+    known: OrderedDict[int, Kept], limit: int, number: int, make: Callable[[], Kept], drop: Callable[[Kept], object]
+) -> Kept:
+    """The latest `limit` of what was made."""
     if number in known:
         known.move_to_end(number)
         return known[number]
     made = make()
     known[number] = made
-    if len(known) > OPENED:
+    if len(known) > limit:
         drop(known.popitem(last=False)[1])
     return made
 
 
-def _check_size(shard: IndexedShard) -> None:
+def _check_files(shard: IndexedShard) -> None:
+    if not shard.index.is_file():
+        raise UserError(f"The index {shard.index} is missing; run `vlkd prep scan` again.")
+    if is_remote(shard.place):
+        return
     try:
         size = os.stat(shard.place).st_size
     except OSError as error:

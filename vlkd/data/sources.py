@@ -138,6 +138,10 @@ class Pairs:
         """One for all: a table in memory is shuffled as a whole."""
         return [len(self)]
 
+    def spread_rows(self, count: int) -> list[int]:
+        """Rows to look at, spread over the table."""
+        return spread(len(self), count)
+
     def prefetch(self, numbers: Iterable[int]) -> None:
         """Nothing: all files are on this machine."""
 
@@ -151,6 +155,11 @@ class Pairs:
         for key, captions, file in zip(self.keys, self.captions, self.files, strict=True):
             state.update(_place_state(key, captions, file))
         return state.hexdigest()[:16]
+
+
+def spread(rows: int, count: int) -> list[int]:
+    """Up to `count` of so many rows, evenly spread."""
+    return [i * rows // min(rows, count) for i in range(min(rows, count))]
 
 
 def file_sha256(path: Path) -> str:
@@ -180,7 +189,7 @@ def open_pairs(ref: str) -> Pairs:
     Raises:
         UserError: nothing is there, it is empty, or it has another form.
     """
-    path, split = _place(ref)
+    path, split = place_of(ref)
     pairs = _open(path, split, ref)
     if not len(pairs):
         raise UserError(f"{ref} holds no usable image ({'; '.join(pairs.problems[:3]) or 'it is empty'}); check it.")
@@ -218,14 +227,15 @@ def source_name(ref: str) -> str:
     `data/coco/train` is `coco-train`, `emoji/captions.jsonl#train` is `emoji-captions-train`, and of a glob only the
     parts before and between the wildcards count: `data/coco/train/*.tar` is `coco-train`, too.
     """
-    path, split = _place(ref)
+    path, split = place_of(ref)
     place = Path(os.path.abspath(path))
     parts = [*place.parts[:-1], place.stem if place.suffix in DATA_SUFFIXES else place.name]
     words = [re.sub(r"[^\w]+", "-", re.sub(r"[*?]|\[[^]]*\]", " ", part)).strip("-") for part in parts]
     return "-".join([*[word for word in words if word][-2:], *([split] if split else [])]) or "data"
 
 
-def _place(ref: str) -> tuple[str, str]:
+def place_of(ref: str) -> tuple[str, str]:
+    """The path of a reference and its split, "" for none; a path that exists may hold a `#`."""
     if Path(ref).exists() or "#" not in ref:
         return ref, ""
     path, _, split = ref.rpartition("#")

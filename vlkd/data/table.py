@@ -75,6 +75,10 @@ class Table(Protocol):
         """A hash of the whole table, without reading pictures."""
         ...
 
+    def spread_rows(self, count: int) -> list[int]:
+        """Up to `count` rows to look at, spread over the table as far as reading them is cheap."""
+        ...
+
     def prefetch(self, numbers: Iterable[int]) -> None:
         """Fetch shards that are not on this machine, beside the reading, as fast as the iterator names them."""
         ...

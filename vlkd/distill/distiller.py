@@ -226,7 +226,9 @@ def first_of_each(ids: Tensor) -> Tensor:
 def among(ids_T: Tensor, sets_SP: Tensor) -> Tensor:
     """Whether id t is in set s: (S, T) bool, in a few times its memory, whatever P is."""
     found_ST = torch.zeros(len(sets_SP), len(ids_T), dtype=torch.bool, device=ids_T.device)
-    for members_S in sets_SP.unbind(dim=1):
+    # Sets are padded at their end, to the largest of the whole table.
+    longest = int(sets_SP.ge(0).sum(dim=1).amax()) if len(sets_SP) else 0
+    for members_S in sets_SP[:, :longest].unbind(dim=1):
         found_ST |= members_S[:, None] == ids_T
     return found_ST
 

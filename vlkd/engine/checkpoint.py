@@ -89,6 +89,8 @@ def _write(target: Path, files: Mapping[str, dict[str, Tensor]], state: Mapping[
         for name, tensors in files.items():
             save_file(tensors, str(temporary / f"{name}.safetensors"))
         (temporary / STATE).write_text(json.dumps(state))
+        for path in (*temporary.iterdir(), temporary):
+            _flush(path)
         shutil.rmtree(target, ignore_errors=True)
         temporary.replace(target)
     except BaseException:
@@ -98,9 +100,26 @@ def _write(target: Path, files: Mapping[str, dict[str, Tensor]], state: Mapping[
         shutil.rmtree(old, ignore_errors=True)
 
 
+def _flush(path: Path) -> None:
+    """See that a file, or what a folder holds, survives a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def whole_checkpoints(folder: Path) -> list[Path]:
-    """All checkpoints, oldest first; what a killed run left half-written has another name."""
-    return sorted(path for path in folder.glob("step-*") if (path / STATE).is_file())
+    """All checkpoints, oldest first, but those that a kill or a power cut left in part."""
+    return sorted(path for path in folder.glob("step-*") if _is_whole(path))
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        json.loads((path / STATE).read_text())
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-PART_WORDS = {"data": "Preparing the data", "teacher": "The teachers' forward passes", "student": "The student's step"}
+PART_WORDS = {"data": "preparing the data", "teacher": "the teachers' forward passes", "student": "the student's step"}
 WORTHWHILE = 1.1
 """A setting is worth a word from so much more speed on."""
 ROOM = 0.9
@@ -160,12 +160,10 @@ def advice(
         "teacher": "smaller teachers, teachers.views or train.precision would move it",
     }[part]
     if part == "teacher" and stored >= WORTHWHILE * rate:
-        change = (
-            f"teachers.views={views} would train on stored features at {stored:.3g} images/s in place of {rate:.3g}"
-        )
+        change = f"teachers.views={views} would train on stored features at {count(stored)} images/s, not {count(rate)}"
     elif with_workers >= WORTHWHILE * rate:
-        change = f"data.workers={workers} would give {with_workers:.3g} images/s in place of {rate:.3g}"
-    return part, f"{PART_WORDS[part]} ({share:.0%} of the time that counts) limits the run: {change}."
+        change = f"data.workers={workers} would give {count(with_workers)} images/s, not {count(rate)}"
+    return part, f"The run is limited by {PART_WORDS[part]} ({share:.0%} of its time): {change}."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,23 +179,26 @@ class Payback:
     runs: int | None
 
 
-def payback(*, online: float, cached: float, build: float, images: int, samples: int) -> Payback:
+def payback(*, online: float, cached: float, build: float, start: float, images: int, samples: int) -> Payback:
     """When a cache pays.
 
-    Each image of a run saves 1/online - 1/cached seconds, and building costs `build`. With the teachers' passes alone,
-    E * N online against K * N stored, that is E > K.
+    Each image of a run saves 1/online - 1/cached seconds, each run `start`, and building costs `build`. With the
+    teachers' passes over images alone, it is E * N online against K * N stored: E > K.
 
     Args:
         online: images per second.
         cached: images per second.
         build: seconds.
+        start: seconds of encoding all captions, which each run with teachers beside it begins with.
         images: N, of one epoch.
         samples: of one run.
     """
     saved = 1 / online - 1 / cached
-    if not saved > 0:
-        return Payback(epochs=None, runs=None)
-    return Payback(epochs=build / saved / images, runs=max(1, math.ceil(build / (saved * samples))))
+    by_run = saved * samples + start
+    return Payback(
+        epochs=max(0.0, build - start) / saved / images if saved > 0 else None,
+        runs=max(1, math.ceil(build / by_run)) if by_run > 0 else None,
+    )
 
 
 def payback_sentence(found: Payback, *, online: float, cached: float, build: float, epochs: float, views: int) -> str:
@@ -211,7 +212,7 @@ def payback_sentence(found: Payback, *, online: float, cached: float, build: flo
         epochs: E, of the run.
         views: K.
     """
-    if found.epochs is None or found.runs is None:
+    if found.runs is None or found.epochs is None:
         return "Stored teachers never pay here: the run is as quick with the teachers beside it."
     if not build:
         return f"The cache is there: stored teachers take {duration(cached)}, teachers beside it {duration(online)}."
@@ -231,5 +232,10 @@ def duration(seconds: float) -> str:
 
 
 def gib(size: float) -> str:
-    """Bytes in GiB, to three digits."""
-    return f"{size / 2**30:.3g} GiB"
+    """Bytes in GiB, or in MiB where they are few."""
+    return f"{size / 2**30:.3g} GiB" if size >= 2**25 else f"{size / 2**20:.3g} MiB"
+
+
+def count(value: float) -> str:
+    """A rate: three digits, or whole numbers."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

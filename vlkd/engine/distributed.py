@@ -82,10 +82,10 @@ def mean_over_ranks(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def average_gradients(module: nn.Module) -> None:
-    """Put the mean over ranks in place of every trained parameter's gradient; a missing one counts as zero.
+    """Put the mean over ranks in place of every trained parameter's gradient; one that a rank lacks counts as zero.
 
-    One flat message per dtype. A parameter that no rank used (a text tower in a batch without captions) is no special
-    case, which it is under `DistributedDataParallel`. The gradients of sharded parameters are means already.
+    One flat message per dtype. A parameter that no rank used (a text tower in a batch without captions) stays without a
+    gradient, so that the optimiser leaves it alone, as on one rank. Gradients of sharded parameters are means already.
     """
     if alone():
         return
@@ -95,13 +95,15 @@ def average_gradients(module: nn.Module) -> None:
             by_dtype.setdefault(parameter.dtype, []).append(parameter)
     for parameters in by_dtype.values():
         grads = [torch.zeros_like(one) if one.grad is None else one.grad for one in parameters]
-        flat = torch.cat([grad.reshape(-1) for grad in grads])
+        used = torch.tensor([one.grad is not None for one in parameters], dtype=grads[0].dtype)
+        flat = torch.cat([*(grad.reshape(-1) for grad in grads), used.to(grads[0].device)])
         dist.all_reduce(flat)
+        # Only a rank that did not use a parameter has to learn whether another one did.
+        elsewhere = flat[-len(used) :].tolist() if not used.all() else [1.0] * len(used)
         flat /= dist.get_world_size()
-        for parameter, grad, part in zip(
-            parameters, grads, torch.split(flat, [grad.numel() for grad in grads]), strict=True
-        ):
-            parameter.grad = grad.copy_(part.view(grad.shape))
+        parts = torch.split(flat[: -len(used)], [grad.numel() for grad in grads])
+        for parameter, grad, part, ranks in zip(parameters, grads, parts, elsewhere, strict=True):
+            parameter.grad = grad.copy_(part.view(grad.shape)) if ranks else None
 
 
 @torch.no_grad()
@@ -207,8 +209,8 @@ def each_ranks(tensor: Tensor) -> list[Tensor]:
 
 def every_ranks_text(text: str) -> list[str]:
     """The texts of all ranks, rank after rank; all of them call it."""
-    data = torch.tensor(list(text.encode()), dtype=torch.uint8)
+    data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) if text else torch.empty(0, dtype=torch.uint8)
     lengths = [int(length) for length in each_ranks(torch.tensor([len(data)]))]
     padded = torch.cat([data, data.new_zeros(max(lengths) - len(data))])
     parts = zip(each_ranks(padded), lengths, strict=True)
-    return [bytes(part[:length].tolist()).decode() for part, length in parts]
+    return [part[:length].numpy().tobytes().decode() for part, length in parts]

@@ -37,6 +37,9 @@ from vlkd.engine.teaching import HELD, Teaching, frozen_towers, load_teachers, t
 from vlkd.models.base import DualEncoderModule
 from vlkd.models.composite import tower_names
 
+StoredModels = Mapping[str, tuple[DualEncoderModule, frozenset[str]]]
+"""Per name of a cache its model and the features that it holds."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
@@ -85,7 +88,7 @@ def open_setup(recipe: ModuleType, assignments: Sequence[str], folder: Path) -> 
     weighting_of(recipe, config)
     check_names(config)
     tables = open_tables(config)
-    table, plan = joined(list(tables.values())), planned(config, list(tables.values()))
+    table, plan = joined(list(tables.values()), config.data.shuffle_shards), planned(config, list(tables.values()))
     report_data(table)
     Watched.open(config)
     student = build_student(config, table, plan, folder / "run")
@@ -104,8 +107,8 @@ def open_setup(recipe: ModuleType, assignments: Sequence[str], folder: Path) -> 
     )
 
 
-def stored_models(setup: Setup) -> dict[str, tuple[DualEncoderModule, frozenset[str]]]:
-    """What a cache would hold: per name the model and its features."""
+def stored_models(setup: Setup) -> StoredModels:
+    """What a cache would hold."""
     found = {name: (model, wanted(setup.terms, "teacher", name) | HELD) for name, model in setup.models.items()}
     if setup.config.student.frozen_towers:
         features = tower_names(wanted(setup.terms, "student"))

@@ -37,6 +37,9 @@ def retrieval_figures(model: DualEncoderModule, pairs: Pairs) -> dict[str, float
     }
 
 
+LEFT_OUT = "left_out.jsonl"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Watched:
     """The held-out sets on which a run is watched.
@@ -100,6 +103,8 @@ def finish(
     run = {"samples": outcome.samples, "steps": outcome.step, "seconds": outcome.seconds, "seed": config.seed}
     coverage = [asdict(part) | {"epochs": part.epochs} for part in stream.coverage()]
     write_lines(folder / "coverage.jsonl", coverage)
+    if stream.bad:
+        write_lines(folder / LEFT_OUT, [{"key": key, "reason": reason} for key, reason in sorted(stream.bad.items())])
     rows: list[dict[str, Any]] = [
         item.row | {"data": place, "vlkd": __version__} | run for place, items in evaluated.items() for item in items
     ]
@@ -124,8 +129,11 @@ def coverage_notes(config: Run, stream: BatchStream) -> list[str]:
         for name, part in zip(names, stream.coverage(), strict=True)
     ]
     if stream.bad:
-        first = ", ".join(f"{key}: {reason}" for key, reason in sorted(stream.bad.items())[:5])
-        notes.append(f"Left out, because they cannot be used: {len(stream.bad)} samples ({first}).")
+        key, reason = min(stream.bad.items())
+        notes.append(
+            f"Left out wherever they were drawn, because they cannot be used: {len(stream.bad)} samples, all in "
+            f"{LEFT_OUT}; first {key}: {reason}"
+        )
     return notes
 
 

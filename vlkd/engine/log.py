@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 
 class MetricsLog:
@@ -29,7 +30,7 @@ class MetricsLog:
                 kept.append(line + "\n")
         path.write_text("".join(kept), encoding="utf-8")
 
-    def write(self, step: int, samples: int, values: Mapping[str, float]) -> None:
+    def write(self, step: int, samples: int, values: Mapping[str, Any]) -> None:
         """Append one row and flush it."""
         row = {"step": step, "samples": samples, **values}
         with self.path.open("a", encoding="utf-8") as file:

@@ -92,7 +92,7 @@ def train(
     optimizer = torch.optim.AdamW(parameter_groups(distiller, settings.weight_decay), lr=settings.lr, betas=(0.9, 0.98))
     averaged = AveragedWeights(exported, settings.ema) if settings.ema else None
     modules: dict[str, Stateful] = {"distiller": distiller} | ({"averaged": averaged} if averaged else {})
-    guard = SpikeGuard(settings.spike_factor, folder / SPIKES if writing else None)
+    guard = SpikeGuard(settings.spike_factor, distiller)
     step, seconds = 0, 0.0
     if saved := newest_checkpoint(folder / "checkpoints"):
         state = load_checkpoint(saved, modules=modules, optimizer=optimizer)
@@ -102,6 +102,8 @@ def train(
         guard.load_state_dict(state["spikes"])
         accelerator.print(f"continuing from {saved} ({stream.position} samples seen)")
     log = MetricsLog(folder / "metrics.jsonl", step) if writing else None
+    if writing:
+        guard.write_to(folder / SPIKES, step)
     clock = counted(distiller, accelerator.device)
     last_saved = time.perf_counter()
     logged_position = stream.position
@@ -116,6 +118,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.zero_grad(set_to_none=True)
+        guard.before()
         found = backward_step(
             distiller, batch, weighting, accelerator, settings.accumulate, finite=not settings.spike_factor, clock=clock
         )
@@ -133,7 +136,7 @@ def train(
             interval, shares = clock.split()
             seconds += interval
             row = _figures(distiller, found, norm, rate) | {f"time/{name}": share for name, share in shares.items()}
-            row["samples_per_second"] = (stream.position - logged_position) / interval
+            row |= {"samples_per_second": (stream.position - logged_position) / interval, "left_out": len(stream.bad)}
             logged_position = stream.position
             bar.set_postfix({"loss": f"{row['loss']:.3f}", "lr": f"{rate:.1e}"}, refresh=False)
             # A skipped update may have had others.
@@ -151,8 +154,7 @@ def train(
                     accelerator.log(figures, step=step)
             due = time.perf_counter() - last_saved >= 60 * settings.save_minutes
             if agreed(ended or due) or (settings.save_steps and step % settings.save_steps == 0):
-                for bad in every_ranks_text(json.dumps(stream.bad)):
-                    stream.bad |= json.loads(bad)
+                share_left_out(stream)
                 state = {"stream": stream.state_dict(), "weighting": weighting.state_dict()}
                 state |= {"spikes": guard.state_dict(), "seconds": seconds}
                 save_checkpoint(folder / "checkpoints", step, modules=modules, optimizer=optimizer, state=state)
@@ -170,6 +172,13 @@ def train(
         seconds=seconds,
         skipped=guard.skipped,
     )
+
+
+def share_left_out(stream: BatchStream) -> None:
+    """Tell all ranks which samples each of them left out since the last call."""
+    for found in every_ranks_text(json.dumps(stream.unshared)):
+        stream.bad |= json.loads(found)
+    stream.unshared = {}
 
 
 def counted(distiller: Distiller, device: torch.device) -> Clock:

@@ -16,7 +16,7 @@ from vlkd.data.loader import BatchStream
 from vlkd.distill.distiller import Distiller
 from vlkd.engine.cache_cost import BuildTimes, build_times
 from vlkd.engine.cost import Host, Memory, Times
-from vlkd.engine.dry_run import Setup, stored_models, stream_of, teachers_of, towers_of
+from vlkd.engine.dry_run import Setup, StoredModels, stream_of, teachers_of, towers_of
 from vlkd.engine.footprint import (
     ODD,
     batch_bytes,
@@ -59,11 +59,12 @@ class Measured:
     seconds: float
 
 
-def measure(setup: Setup, host: Host, memory: int) -> Measured:
+def measure(setup: Setup, models: StoredModels, host: Host, memory: int) -> Measured:
     """Time data, teachers and steps, and read the peaks of memory.
 
     Args:
         setup: of the run.
+        models: that are, or would be, stored.
         host: cores and workers.
         memory: bytes of this machine.
     """
@@ -81,7 +82,7 @@ def measure(setup: Setup, host: Host, memory: int) -> Measured:
             if isinstance(stream.sequence.decoded, DecodedOnce):
                 decoded_bytes = stream.sequence.decoded.bytes_per_image() * len(setup.table)
                 stream.sequence.decoded.known.clear()
-    builds = {name: _build_times(setup, model, want, threads) for name, (model, want) in stored_models(setup).items()}
+    builds = {name: _build_times(setup, model, want, threads) for name, (model, want) in models.items()}
     stream = streams[setup.online]
     if not setup.online:
         for model in setup.models.values():

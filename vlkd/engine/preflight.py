@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +15,8 @@ import torch
 from vlkd.data.sources import source_name
 from vlkd.distill.cache import open_cache
 from vlkd.distill.cache.format import MANIFEST
-from vlkd.engine.cache_cost import BuildTimes, cache_bytes
+from vlkd.distill.term import wanted
+from vlkd.engine.cache_cost import cache_bytes
 from vlkd.engine.cost import (
     Host,
     advice,
@@ -25,7 +26,7 @@ from vlkd.engine.cost import (
     payback,
     payback_sentence,
 )
-from vlkd.engine.dry_run import Setup, open_setup, stored_models
+from vlkd.engine.dry_run import Setup, StoredModels, open_setup, stored_models
 from vlkd.engine.measure import Measured, measure
 from vlkd.engine.teaching import cache_folder, cache_spec
 from vlkd.errors import UserError
@@ -37,45 +38,40 @@ class Stored:
 
     Attributes:
         sizes: bytes by name of the model.
-        missing: bytes that are not there yet.
-        seconds: of building these.
+        missing_bytes: that are not there yet.
+        missing: what these are of: the model's name, and the rows and captions of a source.
         free: bytes on its disk.
     """
 
     sizes: dict[str, int]
-    missing: int
-    seconds: float
+    missing_bytes: int
+    missing: list[tuple[str, int, int]]
     free: int
 
 
-def stored(setup: Setup, builds: Mapping[str, BuildTimes], host: Host) -> Stored:
+def stored(setup: Setup, models: StoredModels) -> Stored:
     """Look for each cache of the run, and estimate those that are missing.
 
     Raises:
         UserError: one is there that cannot serve the run.
     """
     config = replace(setup.config, teachers=replace(setup.config.teachers, views=setup.views))
-    # The ranks wait while the first one builds.
-    alone = replace(host, ranks=1)
-    sizes: dict[str, int] = {}
-    missing, seconds = 0, 0.0
-    for name, (model, want) in stored_models(setup).items():
+    found, missing, missing_bytes = dict.fromkeys(models, 0), [], 0
+    for name, (model, want) in models.items():
         spec = cache_spec(config, want)
-        sizes[name] = 0
         for ref, table in setup.sources.items():
             folder = cache_folder(config, name, ref)
             if setup.config.teachers.views and (folder / MANIFEST).is_file():
-                sizes[name] += sum(
-                    entry["bytes"] for entry in open_cache(folder, name, model, table, spec).manifest["shards"]
-                )
+                reader = open_cache(folder, name, model, table, spec)
+                found[name] += sum(entry["bytes"] for entry in reader.manifest["shards"])
                 continue
             size = cache_bytes(model, table, spec, setup.accelerator)
-            sizes[name] += size
-            missing += size
-            seconds += builds[name].seconds(len(table), table.caption_total, alone)
+            found[name] += size
+            missing_bytes += size
+            missing.append((name, len(table), table.caption_total))
     place = Path(config.teachers.folder).absolute()
     place = next(path for path in (place, *place.parents) if path.is_dir())
-    return Stored(sizes=sizes, missing=missing, seconds=seconds, free=shutil.disk_usage(place).free)
+    return Stored(sizes=found, missing_bytes=missing_bytes, missing=missing, free=shutil.disk_usage(place).free)
 
 
 def plan_run(
@@ -101,15 +97,17 @@ def plan_run(
         threads = 1 if setup.accelerator.device.type == "cuda" else torch.get_num_threads()
         workers = setup.config.data.workers
         host = Host(cores=max(1, cores // ranks), threads=threads, workers=workers, ranks=ranks)
-        found = measure(setup, host, memory)
-        return told(setup, host, found, stored(setup, found.builds, host))
+        # Steps change the student, and with it the name of a cache of its towers.
+        models = stored_models(setup)
+        cache = stored(setup, models)
+        return told(setup, host, measure(setup, models, host, memory), cache)
 
 
 def told(setup: Setup, host: Host, found: Measured, cache: Stored) -> dict[str, Any]:
     """What was found, by name."""
     train, times = setup.config.train, found.times
     online, cached = online_rate(times, host), cached_rate(times, host)
-    rate = online if setup.online else cached
+    rate, start = online if setup.online else cached, _start_seconds(setup, found)
     tightest = max(found.memory, key=lambda memory: memory.total / memory.available)
     part, sentence = advice(
         times,
@@ -150,7 +148,11 @@ def told(setup: Setup, host: Host, found: Measured, cache: Stored) -> dict[str, 
             "cached": cached,
             "run": rate,
         },
-        "seconds": {"run": train.samples / rate, "online": train.samples / online, "cached": train.samples / cached},
+        "seconds": {
+            "run": train.samples / rate + (start if setup.online else 0.0),
+            "online": train.samples / online + start,
+            "cached": train.samples / cached,
+        },
         "memory": [
             {
                 "where": memory.where,
@@ -162,22 +164,39 @@ def told(setup: Setup, host: Host, found: Measured, cache: Stored) -> dict[str, 
             for memory in found.memory
         ],
         "bottleneck": {"part": part, "sentence": sentence},
-        "cache": _cache_told(setup, cache, online, cached) if cache.sizes else None,
+        "cache": _cache_told(setup, host, found, cache) if cache.sizes else None,
     }
 
 
-def _cache_told(setup: Setup, cache: Stored, online: float, cached: float) -> dict[str, Any]:
+def _start_seconds(setup: Setup, found: Measured) -> float:
+    """Of encoding all captions of a table in memory before the first step, for teachers that run beside the student."""
+    if setup.config.data.stream:
+        return 0.0
+    reading = [
+        name
+        for name in setup.models
+        if any(feature.startswith("text.") for feature in wanted(setup.terms, "teacher", name))
+    ]
+    return sum(found.builds[name].text for name in reading) * setup.table.caption_total
+
+
+def _cache_told(setup: Setup, host: Host, found: Measured, cache: Stored) -> dict[str, Any]:
     samples, images = setup.config.train.samples, len(setup.table)
-    pays = payback(online=online, cached=cached, build=cache.seconds, images=images, samples=samples)
+    online, cached = online_rate(found.times, host), cached_rate(found.times, host)
+    # The other ranks wait while the first one builds.
+    alone = replace(host, ranks=1)
+    build = sum(found.builds[name].seconds(rows, captions, alone) for name, rows, captions in cache.missing)
+    start = _start_seconds(setup, found)
+    pays = payback(online=online, cached=cached, build=build, start=start, images=images, samples=samples)
     sentence = payback_sentence(
         pays,
-        online=samples / online,
+        online=samples / online + start,
         cached=samples / cached,
-        build=cache.seconds,
+        build=build,
         epochs=samples / images,
         views=setup.views,
     )
-    if cache.missing > cache.free:
+    if cache.missing_bytes > cache.free:
         sentence += " Its disk has too little room."
     if setup.config.student.frozen_towers:
         sentence = "Frozen towers are always stored."
@@ -185,9 +204,9 @@ def _cache_told(setup: Setup, cache: Stored, online: float, cached: float) -> di
         "views": setup.views,
         "dtype": setup.config.teachers.dtype,
         "bytes": cache.sizes,
-        "missing_bytes": cache.missing,
+        "missing_bytes": cache.missing_bytes,
         "free_bytes": cache.free,
-        "build_seconds": cache.seconds,
+        "build_seconds": build,
         "epochs_to_pay": pays.epochs,
         "runs_to_pay": pays.runs,
         "sentence": sentence,

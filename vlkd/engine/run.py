@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
@@ -16,6 +17,7 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from vlkd import config as settings_module
 from vlkd.data.decoded import Decoded
+from vlkd.data.images import BadImage
 from vlkd.data.loader import BatchStream
 from vlkd.data.local_copies import LocalCopies
 from vlkd.data.plan import Plan
@@ -40,6 +42,12 @@ from vlkd.models.spec import build_composite
 from vlkd.models.tokenizer import CompactTokenizer, train_tokenizer
 from vlkd.weighting import Fixed, Weighting, fixed_weights, uniform_weights
 
+FREE = (
+    "data.workers:", "data.copies:", "data.copies_gb:", "train.log_steps:", "train.eval_samples:", "train.trackers:",
+    "train.save_minutes:", "train.save_steps:", "train.spike_factor:", "report.",
+)  # fmt: skip
+"""Settings with whose other values a run may be continued: they change none of its samples or weights. The guard's
+factor is among them all the same, because a run that it has ended can only go on with a higher one."""
 TOKENIZER = "tokenizer.json"
 TOKENIZER_ROWS = 200_000
 
@@ -69,7 +77,8 @@ def run_recipe(recipe: ModuleType, assignments: Sequence[str]) -> Path:
     check_names(config)
     with accelerator.main_process_first():
         sources = open_tables(config)
-    table, plan = joined(list(sources.values())), planned(config, list(sources.values()))
+    tables = list(sources.values())
+    table, plan = joined(tables, config.data.shuffle_shards), planned(config, tables)
     report_data(table)
     watched = Watched.open(config)
     torch.manual_seed(config.seed)
@@ -137,6 +146,7 @@ def claim_folder(config: Run) -> Path:
     )
     if stored.is_file() and begun:
         found = settings_module.differences(json.loads(stored.read_text()), json.loads(json.dumps(settings)))
+        found = [difference for difference in found if not difference.startswith(FREE)]
         if found:
             raise UserError(
                 f"{folder} belongs to a run with other settings ({'; '.join(found[:4])}); "
@@ -161,11 +171,13 @@ def open_tables(config: Run) -> dict[str, Pairs | ShardTable]:
     return {ref: open_shards(ref, copies) for ref in config.data.train}
 
 
-def joined(tables: Sequence[Pairs | ShardTable]) -> Pairs | ShardTable:
-    """All sources as one table."""
+def joined(tables: Sequence[Pairs | ShardTable], together: int) -> Pairs | ShardTable:
+    """All sources as one table, of whose shards each source has so many read at a time."""
     streamed = [table for table in tables if isinstance(table, ShardTable)]
     if streamed:
-        return ShardTable([shard for table in streamed for shard in table.shards], streamed[0].copies)
+        shards = [shard for table in streamed for shard in table.shards]
+        problems = [problem for table in streamed for problem in table.problems]
+        return ShardTable(shards, streamed[0].copies, problems=problems, opened=2 * together * len(streamed))
     return union([table for table in tables if isinstance(table, Pairs)])
 
 
@@ -215,9 +227,12 @@ def own_tokenizer(config: Run, table: Table, plan: Plan, folder: Path) -> Compac
     if isinstance(table, Pairs):
         texts = table.texts()
     else:
-        rows = (plan.row(position)[0] for position in range(min(len(table), TOKENIZER_ROWS)))
-        texts = [caption for row in rows for caption in table.captions_of(row)]
+        texts = []
+        for position in range(min(len(table), TOKENIZER_ROWS)):
+            with contextlib.suppress(BadImage):
+                texts += table.captions_of(plan.row(position)[0])
     tokenizer = train_tokenizer(dict.fromkeys(texts), vocab_size=config.student.vocab_size)
+    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         tokenizer.save(Path(temporary))
         (Path(temporary) / TOKENIZER).replace(folder / TOKENIZER)
@@ -272,6 +287,8 @@ def open_stream(
         config.views,
         seed=config.seed,
         plan=plan,
+        # One pass of a teacher serves runs with any seed.
+        view_seed=0 if stored else config.seed,
         view_cycle=config.teachers.views if stored else 0,
         stored_view=stored[0].view if stored else None,
         decoded=Decoded(table, config.data.keep_short_side) if config.data.keep_short_side and decoding else None,

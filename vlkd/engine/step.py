@@ -72,6 +72,9 @@ def backward_step(
 def _weighted(distiller: Distiller, compared: Compared, batch: Batch, weighting: Weighting, finite: bool) -> Step:
     if finite:
         _check_finite(compared.losses, batch)
+    elif not all(torch.isfinite(loss) for loss in compared.losses.values()):
+        # Weights found from them would be remembered; the update is skipped anyway.
+        return Step(compared.losses, Balance({}, {}), distiller.total(compared.losses, {}))
     balance = balance_teachers(distiller.terms, compared, weighting, mean_over_ranks)
     return Step(compared.losses, balance, distiller.total(compared.losses, balance.weights))
 

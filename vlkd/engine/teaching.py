@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from PIL.Image import Image
 from torch import Tensor
 
 from vlkd.data.images import BadImage
@@ -82,13 +82,16 @@ def load_teachers(config: Run, pairs: Table, accelerator: Accelerator) -> dict[s
 
 def check_teacher(name: str, model: DualEncoderModule, pairs: Table) -> None:
     """Refuse a teacher whose preprocessing, outputs or image-text pairing are broken, before the first step."""
-    images, captions = [], []
-    for row in spread_rows(pairs, CHECKED_PAIRS):
+    images: list[Image] = []
+    captions: list[str] = []
+    # Where few rows have captions, so many more are looked at.
+    looked_at = CHECKED_PAIRS * len(pairs) // max(1, pairs.captioned)
+    for row in pairs.spread_rows(looked_at):
         # The data's own limit on pictures that cannot be decoded is kept elsewhere.
         with contextlib.suppress(BadImage):
-            own = pairs.captions_of(row)
-            images.append(pairs.image(row))
-            captions.append(own[0])
+            if (own := pairs.captions_of(row)) and len(images) < CHECKED_PAIRS:
+                images.append(pairs.image(row))
+                captions.append(own[0])
     if not images:
         raise UserError(
             f"Teacher {name} cannot be checked: no readable training image has a caption; add captioned data."
@@ -97,20 +100,6 @@ def check_teacher(name: str, model: DualEncoderModule, pairs: Table) -> None:
     print(f"teacher {name}: paired captions stand out by z = {report.z:.1f} on {report.pairs} pairs", flush=True)
     for warning in report.warnings:
         print(f"warning: {warning}", flush=True)
-
-
-def spread_rows(table: Table, count: int) -> list[int]:
-    """Up to `count` captioned rows, spread over the table."""
-    share = table.captioned / len(table)
-    # In a table with few captions so many more rows are looked at.
-    looked_at = min(len(table), math.ceil(count / share)) if share else 0
-    rows = [row * len(table) // looked_at for row in range(looked_at)]
-    found = []
-    for row in rows:
-        with contextlib.suppress(BadImage):
-            if table.captions_of(row):
-                found.append(row)
-    return found[:count]
 
 
 def cached_teacher(
@@ -181,11 +170,11 @@ def class_vector_banks(
     if not config.teachers.bank:
         return banks
     table = sequence.table
-    captioned = (p for p in range(len(table)) if table.captions_of(sequence.row_and_view(p)[0]))
-    positions = list(itertools.islice(captioned, config.teachers.bank))
+    usable = (sample for p in range(len(table)) if (sample := sequence[p]).text >= 0)
+    samples = list(itertools.islice(usable, config.teachers.bank))
     batches = [
-        sequence.collate([sequence[p] for p in positions[start : start + config.teachers.batch_size]])
-        for start in range(0, len(positions), config.teachers.batch_size)
+        sequence.collate(samples[start : start + config.teachers.batch_size])
+        for start in range(0, len(samples), config.teachers.batch_size)
     ]
     ids = torch.cat([batch.caption_ids for batch in batches])
     for name, teacher in teaching.sources.items():

@@ -18,6 +18,7 @@ from typing import Any
 from vlkd.data.loader import BatchStream
 from vlkd.data.samples import Batch
 
+_TEMPORARY = re.compile(r"(?<=\.)[a-z0-9_]{8}(?=/|$)|tmp[a-z0-9_]{8}|[0-9]+")
 _FILE_EVENTS = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate")
 
 
@@ -98,8 +99,8 @@ def check_order(
 def on_file_events(folder: Path, log: Path, kind: str = "", number: int = 1) -> None:
     """Log each change of a file under `folder` by this process as a kind, and die at one of them.
 
-    A kind is an event and a path without its digits: `open` and `os.rename` are about to happen, after `opened` a file
-    was opened for writing and has nothing new in it yet.
+    A kind is an event and a path without numbers and random names: `open` and `os.rename` are about to happen, after
+    `opened` a file was opened for writing and has nothing new in it yet.
 
     Args:
         folder: what is watched.
@@ -115,7 +116,7 @@ def on_file_events(folder: Path, log: Path, kind: str = "", number: int = 1) -> 
         name = os.fsdecode(path) if isinstance(path, str | bytes | os.PathLike) else ""
         if os.getpid() != owner or not name.startswith(f"{folder}/"):
             return
-        found = f"{event} {re.sub(r'[0-9]+|tmp[a-z0-9_]{8}', '#', name.removeprefix(f'{folder}/'))}"
+        found = f"{event} {_TEMPORARY.sub('#', name.removeprefix(f'{folder}/'))}"
         os.write(file, f"{found}\n".encode())
         seen[found] += 1
         if found == kind and seen[found] == number:

@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 from vlkd.engine.checkpoint import STATE, whole_checkpoints
@@ -108,7 +107,7 @@ class Attempt:
     @property
     def sentence(self) -> str:
         """The one sentence in which a command ends."""
-        found = re.findall(r"^(?:.*\r|.*\])?vlkd: (.*)$", self.output, flags=re.MULTILINE)
+        found = re.findall(r"vlkd: ([^\r\n]*)", self.output)
         return found[0] if found else ""
 
 
@@ -136,7 +135,7 @@ class TrialRun:
 
     def go(
         self,
-        *,
+        *words: str,
         ranks: int = 1,
         kill_after: float | None = None,
         prepare: Callable[[], object] | None = None,
@@ -145,22 +144,23 @@ class TrialRun:
         """Start it, and wait for its end.
 
         Args:
+            words: settings that may differ from start to start.
             ranks: as `torchrun` starts them on one machine: when one fails, the others are killed.
             kill_after: seconds after which all its processes are killed.
             prepare: called in each child beforehand.
-            act: called by rank 0 with the start of each batch.
+            act: called by each rank with the start of each batch; RANK is in the environment where there are several.
         """
         start, began = self.position(), time.time()
         log = self.out.with_name(f"{self.out.name}.keys-{len(self.attempts):03d}.jsonl")
 
-        def work(rank: int) -> None:
+        def work() -> None:
             if prepare:
                 prepare()
-            log_keys(log, act if rank == 0 else None)
-            self.command(["train", *self.words, f"out={self.out}"])
+            log_keys(log, act)
+            self.command(["train", *self.words, *words, f"out={self.out}"])
 
         places = [{}] if ranks == 1 else _rank_environments(ranks)
-        children = [Child(partial(work, rank), place) for rank, place in enumerate(places)]
+        children = [Child(work, place) for place in places]
         code, killed = _end(children, self.limit if kill_after is None else kill_after)
         hung = killed and kill_after is None
         drawn, output = read_keys(log), "".join(child.output() for child in children)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
@@ -15,6 +16,13 @@ from vlkd.errors import UserError
 from vlkd.features import Preprocessing
 
 PAD, UNKNOWN, START = "[PAD]", "[UNK]", "[CLS]"
+REMEMBERED, REMEMBERED_CHARACTERS = 1 << 16, 64
+"""Words whose ids a tokenizer keeps, and their longest."""
+NORMALIZER = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+PRE_TOKENIZER = pre_tokenizers.Sequence(
+    [pre_tokenizers.BertPreTokenizer(), pre_tokenizers.Metaspace(prepend_scheme="always")]
+)
+POST_PROCESSOR = processors.TemplateProcessing(single=f"{START} $A", special_tokens=[(START, 2)])
 
 
 class TextTokenizer(Protocol):
@@ -29,8 +37,9 @@ def pad_ids(rows: Sequence[Sequence[int]], pad_id: int) -> dict[str, Tensor]:
     """`ids` and `mask` (B, N) of rows of unequal length, N the longest."""
     lengths = torch.tensor([len(row) for row in rows])
     longest = int(lengths.max())
-    ids = torch.tensor([[*row, *[pad_id] * (longest - len(row))] for row in rows], dtype=torch.int64)
-    return {"ids": ids, "mask": torch.arange(longest)[None, :] < lengths[:, None]}
+    # numpy reads nested lists several times faster than torch does.
+    ids = np.array([[*row, *[pad_id] * (longest - len(row))] for row in rows], dtype=np.int64)
+    return {"ids": torch.from_numpy(ids), "mask": torch.arange(longest)[None, :] < lengths[:, None]}
 
 
 class CompactTokenizer:
@@ -38,6 +47,10 @@ class CompactTokenizer:
 
     def __init__(self, backend: Tokenizer) -> None:
         self.backend = backend
+        # No piece of a tokenizer made here reaches over a space, so that each word can be encoded by itself.
+        parts = (backend.normalizer, backend.pre_tokenizer, backend.post_processor)
+        self._by_words = list(map(repr, parts)) == list(map(repr, (NORMALIZER, PRE_TOKENIZER, POST_PROCESSOR)))
+        self._words: dict[str, list[int]] = {}
 
     @classmethod
     def load(cls, path: str | Path) -> CompactTokenizer:
@@ -66,8 +79,24 @@ class CompactTokenizer:
 
     def tokenize(self, texts: Sequence[str], context_length: int) -> dict[str, Tensor]:
         """`ids` (B, N) int64 and `mask` (B, N) bool; N is the longest text, at most `context_length`."""
+        return pad_ids([self.ids(text)[:context_length] for text in texts], 0)
+
+    def ids(self, text: str) -> list[int]:
+        """Of a text, `[CLS]` first; words are encoded once and remembered."""
         # One by one: encode_batch starts threads, which must not happen before DataLoader workers are forked.
-        return pad_ids([self.backend.encode(text).ids[:context_length] for text in texts], 0)
+        if not self._by_words:
+            return list(self.backend.encode(text).ids)
+        found = [2]
+        for word in text.split(" "):
+            ids = self._words.get(word)
+            if ids is None:
+                ids = self.backend.encode(word).ids[1:]
+                if len(self._words) >= REMEMBERED:
+                    self._words.clear()
+                if len(word) <= REMEMBERED_CHARACTERS:
+                    self._words[word] = ids
+            found += ids
+        return found
 
     def save(self, folder: Path) -> None:
         """Write `tokenizer.json` into the folder."""
@@ -87,11 +116,9 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 8000, min_frequen
     """
     # Not WordPiece: its trainer numbers the continuing letters in the order of a randomly seeded hash table.
     backend = Tokenizer(models.BPE(unk_token=UNKNOWN))
-    backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.BertPreTokenizer(), pre_tokenizers.Metaspace(prepend_scheme="always")]
-    )
-    backend.post_processor = processors.TemplateProcessing(single=f"{START} $A", special_tokens=[(START, 2)])
+    backend.normalizer = NORMALIZER
+    backend.pre_tokenizer = PRE_TOKENIZER
+    backend.post_processor = POST_PROCESSOR
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=min_frequency,

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from vlkd.data.images import BadImage
+from vlkd.data.images import BadImage, Unavailable
 from vlkd.data.sources import file_sha256
 from vlkd.data.table import Part, Table
 from vlkd.data.views import geometry, view_of
@@ -94,7 +94,8 @@ def build_shards(
     entries: dict[str, dict[str, Any]] = {}
     missing = []
     for shard in plan:
-        entry = found_shard(folder / shard.file, name, _head(own, pairs, shard))
+        path = folder / shard.file
+        entry = found_shard(path, name, _head(own, pairs, shard)) if path.is_file() else None
         if entry is None:
             missing.append(shard)
         else:
@@ -189,6 +190,9 @@ class _Views(Dataset[ViewBatch]):
         try:
             image = self.pairs.image(row, size_hint=2 * max(self.transform.image_size))
             readable = 1
+        except Unavailable:
+            # It would be written down as unreadable for ever.
+            raise
         except BadImage:
             # A picture in its place, because only the transform knows the dtype of its pixels.
             image, readable = Image.new("RGB", (8, 8)), 0

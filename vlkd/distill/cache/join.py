@@ -92,17 +92,20 @@ class ShardJoin:
         self.shards = torch.tensor(shards, dtype=torch.int64)
         self.row_ends = torch.tensor([entry["rows"] for entry in entries], dtype=torch.int64).cumsum(0)
         self.text_ends = torch.tensor([entry["captions"] for entry in entries], dtype=torch.int64).cumsum(0)
+        self.row_starts, self.text_starts = (
+            torch.cat([ends.new_zeros(1), ends]) for ends in (self.row_ends, self.text_ends)
+        )
         self.images = int(self.row_ends[-1]) if entries else 0
         self.captions = int(self.text_ends[-1]) if entries else 0
         self.wrong = wrong
 
     def rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """See `Join`."""
-        return self._place(self.row_ends, rows)
+        return self._place(self.row_ends, self.row_starts, rows)
 
     def texts(self, texts: Tensor) -> tuple[Tensor, Tensor]:
         """See `Join`."""
-        return self._place(self.text_ends, texts)
+        return self._place(self.text_ends, self.text_starts, texts)
 
     def rows_of(self, shard: int) -> tuple[Tensor, Tensor]:
         """See `Join`."""
@@ -111,10 +114,9 @@ class ShardJoin:
         none = torch.zeros(0, dtype=torch.int64)
         return torch.cat([none, *found]), torch.cat([none, *(rows - rows[0] for rows in found)])
 
-    def _place(self, ends: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    def _place(self, ends: Tensor, starts: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
         found = torch.searchsorted(ends, numbers, right=True)
-        before = torch.cat([ends.new_zeros(1), ends])[found]
-        return self.shards[found], numbers - before
+        return self.shards[found], numbers - starts[found]
 
 
 def join(folder: Path, name: str, manifest: Mapping[str, Any], table: Table) -> Join:
@@ -138,7 +140,11 @@ def join_shards(manifest: Mapping[str, Any], table: ShardTable) -> ShardJoin:
     chosen: list[int] = []
     wrong = []
     for part in table.parts():
-        numbers = stored.get(part.sha256, [])
+        # Of a tar that is there twice, the stored shards of one copy.
+        numbers: list[int] = []
+        for number in stored.get(part.sha256, []):
+            if sum(manifest["shards"][i]["rows"] for i in numbers) < part.rows:
+                numbers.append(number)
         entries = [manifest["shards"][number] for number in numbers]
         totals = [sum(entry[count] for entry in entries) for count in ("rows", "captions")]
         if totals != [part.rows, part.captions]:

@@ -58,7 +58,10 @@ def ensure_cache(
     if (folder / MANIFEST).is_file():
         return open_cache(folder, name, model, pairs, spec)
     manifest = build_shards(folder, name, model, pairs, spec, workers=workers, batch_size=batch_size)
-    reader = CacheReader(folder, name, manifest, join(folder, name, manifest, pairs))
+    joined = join(folder, name, manifest, pairs)
+    if phrases := data_difference(joined, pairs):
+        refuse(name, folder, phrases)
+    reader = CacheReader(folder, name, manifest, joined)
     reader.check_embeddings(pairs)
     write_manifest(folder, manifest)
     return reader

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from vlkd.data.images import BadImage
 from vlkd.data.table import Table
 from vlkd.data.views import View
 from vlkd.distill.cache.columns import SCALE, check_embeddings, unpack
@@ -17,7 +19,7 @@ from vlkd.distill.cache.format import MANIFEST
 from vlkd.distill.cache.join import Join
 from vlkd.errors import UserError
 
-CHECKED_RUNS, CHECKED_ROWS = 8, 512
+CHECKED_ROWS = 4096
 
 
 class CacheReader:
@@ -81,14 +83,15 @@ class CacheReader:
         return sorted(found)
 
     def check_embeddings(self, table: Table) -> None:
-        """Refuse embeddings that are not finite, zero or constant, on 8 runs of 512 rows spread over the table."""
-        starts = torch.linspace(0, max(0, len(self) - CHECKED_ROWS), CHECKED_RUNS).long()
-        rows = torch.unique((starts[:, None] + torch.arange(min(CHECKED_ROWS, len(self)))).flatten())
+        """Refuse embeddings that are not finite, zero or constant, on up to 4,096 rows and one caption of each."""
+        rows = torch.tensor(table.spread_rows(CHECKED_ROWS), dtype=torch.int64)
         rows = rows[self._gather("readable", *self.join.rows(rows)).bool()]
         first_texts = {}
         for row in rows.tolist():
-            if captions := table.captions_of(row):
-                first_texts[captions[0]] = table.first_text(row)
+            # The data's own limit on samples that cannot be read is kept elsewhere.
+            with contextlib.suppress(BadImage):
+                if captions := table.captions_of(row):
+                    first_texts[captions[0]] = table.first_text(row)
         texts = torch.tensor(list(first_texts.values()), dtype=torch.int64)
         views = torch.zeros_like(rows)
         for name in sorted(self.features):
