@@ -114,9 +114,12 @@ def test_two_ranks_are_one_by_rows(found, alone_by_rows, method, mode, share):
     assert any("image_tower" in name for name in moved)
     assert any("text_tower" in name for name in moved) == (method != "images")
     assert ("gradient/student.logit_bias" in moved) == ("siglip" in method)
+    # Rounding grows with the largest numbers on the way.
+    largest = max(1.0, *(float(value.abs().max()) for value in expected.values() if value.numel()))
     for rank in ranks:
         for name, value in expected.items():
-            torch.testing.assert_close(rank[prefix + name], value, rtol=1e-5, atol=1e-5, msg=prefix + name)
+            atol = 1e-5 * largest
+            torch.testing.assert_close(rank[prefix + name], value, rtol=1e-5, atol=atol, msg=prefix + name)
     for name in expected:
         if name.startswith(("loss/", "weight/")):
             assert torch.equal(ranks[0][prefix + name], ranks[1][prefix + name]), name
