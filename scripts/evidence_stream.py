@@ -94,7 +94,8 @@ def variants(args: argparse.Namespace) -> dict[str, list[str]]:
     return {
         ALONE: [WEIGHTED],
         TAUGHT: [WEIGHTED, *taught],
-        f"{TAUGHT}, every sample once an epoch": taught,
+        f"{TAUGHT}, no weights": taught,
+        f"{TAUGHT}, no weights, 8 shards mixed": [*taught, "data.shuffle_shards=8"],
         f"{TAUGHT}, SigLIP": [WEIGHTED, *taught, *SIGLIP],
     }
 
