@@ -23,7 +23,7 @@ import webdataset
 
 from vlkd import recipes
 from vlkd.data import files, scan_shard, scan_work
-from vlkd.data.scan import SCAN_FILE, BadShard, Scan, entry_place, expand_shards, read_scan, scan_shards
+from vlkd.data.scan import LOCK, SCAN_FILE, BadShard, Scan, entry_place, expand_shards, read_scan, scan_shards
 from vlkd.data.shard_rows import ShardRows, read_header, read_rows
 from vlkd.data.shards import RawSample, index_shard, read_captions, write_shards
 from vlkd.errors import UserError
@@ -100,7 +100,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def leftovers(folder: Path) -> list[str]:
-    return [path.name for path in folder.iterdir() if path.name.startswith(".")]
+    return [path.name for path in folder.iterdir() if path.name.startswith(".") and path.name != LOCK]
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 512, 1000, 1 << 20])
@@ -384,7 +384,7 @@ def test_indexes_in_a_folder_of_their_own_and_one_name_twice(tmp_path: Path) -> 
     scan = scan_shards([str(tmp_path / "all" / name) for name in ("b", "a")], out, workers=1)
     assert [entry.place for entry in scan.shards] == ["../../a/000.tar", "../../b/000.tar"]
     assert len({entry.index for entry in scan.shards}) == 2
-    assert sorted(path.name for path in out.iterdir()) == sorted([SCAN_FILE, *(e.index for e in scan.shards)])
+    assert sorted(path.name for path in out.iterdir()) == sorted([LOCK, SCAN_FILE, *(e.index for e in scan.shards)])
     with pytest.raises(UserError, match="--out"):
         scan_shards([str(tmp_path / "all" / name) for name in ("b", "a")], None, workers=1)
     shutil.move(tmp_path / "all", tmp_path / "moved")
@@ -478,7 +478,9 @@ def test_shards_of_a_store(tmp_path: Path, reads: list[str]) -> None:
     for mine, other in zip(scan.shards, local.shards, strict=True):
         assert (mine.sha256, mine.bytes, mine.captions) == (other.sha256, other.bytes, other.captions)
         assert read_header(out / mine.index).mtime_ns == 0
-    assert sorted(path.name for path in out.iterdir()) == sorted([SCAN_FILE, *(entry.index for entry in scan.shards)])
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        [LOCK, SCAN_FILE, *(entry.index for entry in scan.shards)]
+    )
     reads.clear()
     assert scan_shards(["memory://bucket/{0..2}.tar"], out, workers=1) == scan
     assert reads == []

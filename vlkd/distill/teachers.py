@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
@@ -78,6 +79,7 @@ class CachedTeacher:
         self.parts = tuple(parts)
         self.provides = frozenset.intersection(*(part.features.union(part.scalars) for part in parts))
         self.row_ends = torch.tensor([len(part) for part in parts]).cumsum(0)
+        self._ends = self.row_ends.tolist()
         self.text_ends = torch.tensor([part.captions for part in parts]).cumsum(0)
 
     def targets(self, batch: Batch, want: Collection[str]) -> dict[str, Tensor]:
@@ -96,8 +98,8 @@ class CachedTeacher:
 
     def view(self, row: int, number: int) -> View:
         """The stored view of a row of the table, without colours."""
-        part = int(torch.searchsorted(self.row_ends, row, right=True))
-        return self.parts[part].view(row - (int(self.row_ends[part - 1]) if part else 0), number)
+        part = bisect.bisect_right(self._ends, row)
+        return self.parts[part].view(row - (self._ends[part - 1] if part else 0), number)
 
     def unreadable_rows(self) -> list[int]:
         """Rows of images that could not be decoded: their image features are zeros."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,6 +38,10 @@ class Join(Protocol):
         """The stored shards of rows (B,), and their places among each shard's rows."""
         ...
 
+    def row(self, row: int) -> tuple[int, int]:
+        """The same of one row, some ten times as fast."""
+        ...
+
     def texts(self, texts: Tensor) -> tuple[Tensor, Tensor]:
         """The same of caption numbers (T,)."""
         ...
@@ -69,6 +74,10 @@ class KeyedJoin:
         """See `Join`."""
         return self.row_shard[rows], self.row_place[rows]
 
+    def row(self, row: int) -> tuple[int, int]:
+        """See `Join`."""
+        return int(self.row_shard[row]), int(self.row_place[row])
+
     def texts(self, texts: Tensor) -> tuple[Tensor, Tensor]:
         """See `Join`."""
         return self.text_shard[texts], self.text_place[texts]
@@ -95,6 +104,7 @@ class ShardJoin:
         self.row_starts, self.text_starts = (
             torch.cat([ends.new_zeros(1), ends]) for ends in (self.row_ends, self.text_ends)
         )
+        self._numbers, self._ends = list(shards), self.row_ends.tolist()
         self.images = int(self.row_ends[-1]) if entries else 0
         self.captions = int(self.text_ends[-1]) if entries else 0
         self.wrong = wrong
@@ -102,6 +112,11 @@ class ShardJoin:
     def rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """See `Join`."""
         return self._place(self.row_ends, self.row_starts, rows)
+
+    def row(self, row: int) -> tuple[int, int]:
+        """See `Join`."""
+        found = bisect.bisect_right(self._ends, row)
+        return self._numbers[found], row - (self._ends[found - 1] if found else 0)
 
     def texts(self, texts: Tensor) -> tuple[Tensor, Tensor]:
         """See `Join`."""

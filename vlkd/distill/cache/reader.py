@@ -69,7 +69,7 @@ class CacheReader:
 
     def view(self, row: int, number: int) -> View:
         """The stored view of a row: its box and whether it is mirrored, without colours."""
-        shard, place = (int(found) for found in self.join.rows(torch.tensor([row])))
+        shard, place = self.join.row(row)
         left, top, right, bottom, flip = self._shard(shard)["views"][place, number].tolist()
         return View((left, top, right, bottom), bool(flip), (1.0, 1.0, 1.0))
 
