@@ -478,9 +478,8 @@ def test_shards_of_a_store(tmp_path: Path, reads: list[str]) -> None:
     for mine, other in zip(scan.shards, local.shards, strict=True):
         assert (mine.sha256, mine.bytes, mine.captions) == (other.sha256, other.bytes, other.captions)
         assert read_header(out / mine.index).mtime_ns == 0
-    assert sorted(path.name for path in out.iterdir()) == sorted(
-        [LOCK, SCAN_FILE, *(entry.index for entry in scan.shards)]
-    )
+    indexes = [entry.index for entry in scan.shards]
+    assert sorted(path.name for path in out.iterdir()) == sorted([LOCK, SCAN_FILE, *indexes])
     reads.clear()
     assert scan_shards(["memory://bucket/{0..2}.tar"], out, workers=1) == scan
     assert reads == []
