@@ -16,7 +16,7 @@ import os
 import re
 import resource
 import signal
-import tarfile
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,18 +28,15 @@ import vlkd.models  # noqa: F401 - before anything imports torchvision
 from vlkd.cli.main import main as vlkd_main
 from vlkd.data.download import download
 from vlkd.data.local_copies import LocalCopies
-from vlkd.engine.stage import BATCH, Row, Stage, perform, same
-from vlkd.engine.trial import Child, TrialRun
+
+# The tools of fault tests live with the tests.
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from helpers.stage import BATCH, Row, Stage, members, perform, same
+from helpers.trial import Child, TrialRun
 
 HARMLESS = ("drop", "stall", "longer", "shorter", "garbage", "503")
 KINDS = (*HARMLESS, "shifted", "flip")
 """What goes wrong with an answer; the last two are noticed by the hash alone."""
-
-
-def members(shard: Path) -> list[tuple[str, str, int, int, int]]:
-    """Key, extension, place of the header, place of the data and size of each member."""
-    with tarfile.open(shard) as tar:
-        return [(*found.name.split("."), found.offset, found.offset_data, found.size) for found in tar]
 
 
 def flip(shard: Path, rng: Random, part: str) -> set[str]:

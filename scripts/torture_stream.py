@@ -37,9 +37,12 @@ from random import Random
 import vlkd.models  # noqa: F401 - before anything imports torchvision
 from vlkd.cli.main import main as vlkd_main
 from vlkd.data.shard_table import open_shards
-from vlkd.engine.stage import BATCH, SHARDS, Row, Stage, perform, same
-from vlkd.engine.trace import on_file_events
-from vlkd.engine.trial import Attempt, Child, TrialRun
+
+# The tools of fault tests live with the tests.
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from helpers.stage import BATCH, SHARDS, Row, Stage, perform, same
+from helpers.trace import on_file_events
+from helpers.trial import Attempt, Child, TrialRun
 
 
 def kill(stage: Stage) -> Iterator[Row]:

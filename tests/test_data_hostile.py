@@ -360,5 +360,9 @@ def test_nothing_is_written_but_the_indexes(tmp_path: Path) -> None:
     scan = scan_shards([str(data)], None, workers=1)
     assert [entry.problems for entry in scan.shards] == [{"refused": 1}] * 3 + [{}]
     written = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
-    names = ["scan.json", *(f"{n}{suffix}" for n in range(4) for suffix in (".tar", ".index.safetensors"))]
+    names = [
+        "scan.json",
+        ".scan.lock",
+        *(f"{n}{suffix}" for n in range(4) for suffix in (".tar", ".index.safetensors")),
+    ]
     assert written == {f"deep/data/{name}" for name in names}

@@ -278,9 +278,9 @@ def test_remote_shards_are_copied_and_read(folder, tmp_path):
 
     memory = fsspec.filesystem("memory")
     for tar in folder.glob("*.tar"):
-        memory.pipe_file(f"/bucket/{tar.name}", tar.read_bytes())
+        memory.pipe_file(f"/streamed/{tar.name}", tar.read_bytes())
     index = tmp_path / "index"
-    scan_shards(["memory://bucket/*.tar"], index, workers=0)
+    scan_shards(["memory://streamed/*.tar"], index, workers=0)
     copies = LocalCopies(tmp_path / "copies", 10**6)
     table = open_shards(str(index), copies)
     local = open_shards(str(folder))

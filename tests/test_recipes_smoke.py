@@ -103,7 +103,10 @@ def test_smoke(name, tmp_path):
 
 @pytest.mark.parametrize("bank", [0, 20])
 def test_cached_and_online_teachers_give_the_same_losses(bank, tmp_path):
-    """Three steps on the same views: to 1e-4 from what is stored in single precision, to a thousandth in half."""
+    """Three steps on the same views: to 1e-4 from what is stored in single precision, to a thousandth in half.
+
+    Weights are quotients of differences of gradients, so rounding shows in them several times as much.
+    """
     logged = {}
     for name, words in {
         "online": ["teachers.views=0"],
@@ -119,7 +122,8 @@ def test_cached_and_online_teachers_give_the_same_losses(bank, tmp_path):
         assert len(names) == 10
         for name in names:
             assert single[name] == pytest.approx(online[name], abs=1e-4), name
-            assert half[name] == pytest.approx(online[name], rel=1e-3, abs=1e-4), name
+            rel = 5e-3 if name.startswith("weight/") else 1e-3
+            assert half[name] == pytest.approx(online[name], rel=rel, abs=1e-4), name
 
 
 def test_two_ranks_train_as_one(tmp_path):

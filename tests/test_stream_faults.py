@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.trace import Drawn, check_order
 
 from vlkd import recipes
-from vlkd.engine.trace import Drawn, check_order
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -24,8 +24,8 @@ from random import Random
 import torch
 from vlkd import recipes
 from vlkd.cli.main import main
-from vlkd.engine.stage import BATCH, Row, Stage, same
-from vlkd.engine.trace import on_file_events
+from helpers.stage import BATCH, Row, Stage, same
+from helpers.trace import on_file_events
 
 torch.set_num_threads(1)
 scripts = Path(sys.argv[1])
@@ -69,7 +69,7 @@ print(json.dumps(rows))
 def rows(tmp_path_factory):
     folder = tmp_path_factory.mktemp("faults")
     command = [sys.executable, "-c", DRIVER, str(SCRIPTS), str(folder)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=SCRIPTS.parent)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vlkd.data.files import write_whole
+
 
 class MetricsLog:
     """Appends rows; what a killed run logged after the checkpoint that is continued is cut off first.
@@ -28,7 +30,7 @@ class MetricsLog:
                 if row["step"] > step:
                     break
                 kept.append(line + "\n")
-        path.write_text("".join(kept), encoding="utf-8")
+        write_whole(path, "".join(kept).encode())
 
     def write(self, step: int, samples: int, values: Mapping[str, Any]) -> None:
         """Append one row and flush it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import tempfile
@@ -18,12 +17,12 @@ from accelerate.utils import InitProcessGroupKwargs
 from vlkd import config as settings_module
 from vlkd.data.decoded import Decoded
 from vlkd.data.images import BadImage
-from vlkd.data.loader import BatchStream
+from vlkd.data.loader import BatchStream, plain_errors
 from vlkd.data.local_copies import LocalCopies
 from vlkd.data.plan import Plan
 from vlkd.data.samples import Consumer, SampleSequence
 from vlkd.data.shard_table import ShardTable, open_shards
-from vlkd.data.sources import Pairs, open_sources, source_name, union
+from vlkd.data.sources import MAX_BAD_SHARE, Pairs, open_sources, source_name, union
 from vlkd.data.table import Table
 from vlkd.distill.distiller import Distiller
 from vlkd.distill.teachers import CachedTeacher
@@ -101,15 +100,16 @@ def run_recipe(recipe: ModuleType, assignments: Sequence[str]) -> Path:
     )
     # Dropout draws anew on each rank; weights are those of rank 0.
     torch.manual_seed(config.seed + 1 + accelerator.process_index)
-    outcome = train(
-        distiller,
-        stream,
-        weighting,
-        config.train,
-        folder,
-        accelerator,
-        watched.figures,
-    )
+    with plain_errors():
+        outcome = train(
+            distiller,
+            stream,
+            weighting,
+            config.train,
+            folder,
+            accelerator,
+            watched.figures,
+        )
     if accelerator.is_main_process:
         finish(config, folder, outcome, teaching.models, stream)
     accelerator.end_training()
@@ -141,7 +141,9 @@ def claim_folder(config: Run) -> Path:
     stored = folder / "config.json"
     # What stopped before its first step left nothing but its settings: a corrected command may have the folder.
     begun = folder.is_dir() and any(
-        path.name not in ("config.json", TOKENIZER) and not (path.name == "metrics.jsonl" and not path.stat().st_size)
+        path.name not in ("config.json", TOKENIZER)
+        and not path.name.startswith(".config.json.")
+        and not (path.name == "metrics.jsonl" and not path.stat().st_size)
         for path in folder.iterdir()
     )
     if stored.is_file() and begun:
@@ -224,19 +226,27 @@ def own_tokenizer(config: Run, table: Table, plan: Plan, folder: Path) -> Compac
     """Trained on the captions of the first `TOKENIZER_ROWS` samples; a run that is continued has it in its folder."""
     if whole_checkpoints(folder / "checkpoints") and (folder / TOKENIZER).is_file():
         return CompactTokenizer.load(folder / TOKENIZER)
-    if isinstance(table, Pairs):
-        texts = table.texts()
-    else:
-        texts = []
-        for position in range(min(len(table), TOKENIZER_ROWS)):
-            with contextlib.suppress(BadImage):
-                texts += table.captions_of(plan.row(position)[0])
+    texts = table.texts() if isinstance(table, Pairs) else streamed_captions(table, plan)
     tokenizer = train_tokenizer(dict.fromkeys(texts), vocab_size=config.student.vocab_size)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         tokenizer.save(Path(temporary))
         (Path(temporary) / TOKENIZER).replace(folder / TOKENIZER)
     return tokenizer
+
+
+def streamed_captions(table: Table, plan: Plan) -> list[str]:
+    """The captions of the first samples; a few that cannot be read are passed over, as in training."""
+    texts: list[str] = []
+    rows, failed = min(len(table), TOKENIZER_ROWS), 0
+    for position in range(rows):
+        try:
+            texts += table.captions_of(plan.row(position)[0])
+        except BadImage:
+            failed += 1
+            if failed > max(1, MAX_BAD_SHARE * rows):
+                raise
+    return texts
 
 
 def check_names(config: Run) -> None:

@@ -20,8 +20,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from helpers.trace import Drawn, check_order, log_keys, read_keys
+
 from vlkd.engine.checkpoint import STATE, whole_checkpoints
-from vlkd.engine.trace import Drawn, check_order, log_keys, read_keys
 
 _PIPE_BYTES = 2**20
 

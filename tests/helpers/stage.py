@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from helpers.trial import TrialRun
 
 from vlkd.data.plan import Plan
 from vlkd.data.scan import scan_shards
@@ -20,7 +22,6 @@ from vlkd.data.scenes import generate_scenes
 from vlkd.data.shard_table import open_shards
 from vlkd.data.shards import write_shards
 from vlkd.engine.run import joined
-from vlkd.engine.trial import TrialRun
 
 BATCH = 16
 SHARDS = {"drawn": (40, 8), "more": (10, 8), "few": (2, 40)}
@@ -180,3 +181,9 @@ def _folder(path: Path | None) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory() as temporary:
         yield Path(temporary).resolve()
+
+
+def members(shard: Path) -> list[tuple[str, str, int, int, int]]:
+    """Key, extension, place of the header, place of the data and size of each member."""
+    with tarfile.open(shard) as tar:
+        return [(*found.name.split("."), found.offset, found.offset_data, found.size) for found in tar]
