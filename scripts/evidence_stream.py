@@ -49,6 +49,7 @@ STUDENT = [
 ]
 WEIGHTED = "data.weights=2,1,1"
 MATCHED = ["method.matching=8"]
+MIXED = "data.shuffle_shards=8"
 SIGLIP = ["method.loss=siglip", "model.logit_bias=-10", "model.logit_scale=10"]
 ALONE, TAUGHT = "no teacher", "two cached teachers"
 KILLED = "killed twice"
@@ -94,8 +95,9 @@ def variants(args: argparse.Namespace) -> dict[str, list[str]]:
     return {
         ALONE: [WEIGHTED],
         TAUGHT: [WEIGHTED, *taught],
+        f"{TAUGHT}, 8 shards mixed": [WEIGHTED, *taught, MIXED],
         f"{TAUGHT}, no weights": taught,
-        f"{TAUGHT}, no weights, 8 shards mixed": [*taught, "data.shuffle_shards=8"],
+        f"{TAUGHT}, no weights, 8 shards mixed": [*taught, MIXED],
         f"{TAUGHT}, SigLIP": [WEIGHTED, *taught, *SIGLIP],
     }
 

@@ -24,8 +24,8 @@ class Data:
             memory: for data larger than memory, and for remote shards.
         weights: of the sources of `train` in the mixture, each of which then has epochs of its own; () takes every
             sample of all sources once per epoch.
-        shuffle_shards: streamed shards whose samples are mixed at a time; so many are read at any moment, twice as many
-            where a batch lies across two blocks.
+        shuffle_shards: streamed shards of a source whose samples are mixed at a time; so many are read at any moment,
+            twice as many where a batch lies across two blocks. Shards whose samples are alike want many of them.
         copies: folder in which remote shards are kept.
         copies_gb: its limit; what was not used for longest goes first.
         zero_shot: folders PATH/CLASS/*.jpg on which zero-shot classification is watched.
