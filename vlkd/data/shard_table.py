@@ -9,12 +9,11 @@ import sys
 import time
 import zlib
 from bisect import bisect_right
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from PIL.Image import Image
 
@@ -27,8 +26,6 @@ from vlkd.data.shards import join_captions
 from vlkd.data.sources import ImageFile, place_of, row_state, spread
 from vlkd.data.table import Part
 from vlkd.errors import UserError
-
-Kept = TypeVar("Kept")
 
 OPENED, OPENED_COPIES = 64, 16
 """Indexes and local files held open, and copies of remote shards: one that is removed to make room for others takes its
@@ -92,15 +89,16 @@ class ShardTable:
         # Lists, because a single number is looked up in them many times faster than in an array.
         self.ends = list(accumulate(shard.entry.samples for shard in self.shards))
         self.text_ends = list(accumulate(shard.entry.captions for shard in self.shards))
-        self._rows: OrderedDict[int, ShardRows] = OrderedDict()
-        self._files: OrderedDict[int, int] = OrderedDict()
+        # The oldest go first; one that is still being read is opened again.
+        self._rows: dict[int, ShardRows] = {}
+        self._files: dict[int, int] = {}
         self._lost: dict[int, tuple[float, str]] = {}
 
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_rows": OrderedDict(), "_files": OrderedDict(), "_lost": {}}
+        return self.__dict__ | {"_rows": {}, "_files": {}, "_lost": {}}
 
     @property
     def captioned(self) -> int:
@@ -155,15 +153,13 @@ class ShardTable:
         rows = self._index(number)
         if not rows.caption_range(i):
             return ()
-        return join_captions(
-            (extension, self._read(number, extent, rows.key(i))) for extension, extent in rows.texts(i)
-        )
+        return join_captions((extension, self._read(number, extent, i)) for extension, extent in rows.texts(i))
 
     def image(self, row: int, size_hint: int | None = None) -> Image:
         """Decode an image; raises `BadImage` for one that is not what was scanned, or cannot be decoded."""
         number, i = self._locate(row)
         rows = self._index(number)
-        return open_image(self._read(number, rows.image(i), rows.key(i)), size_hint=size_hint)
+        return open_image(self._read(number, rows.image(i), i), size_hint=size_hint)
 
     def row_state(self, row: int) -> str:
         """As that of the same row of `Pairs`."""
@@ -189,24 +185,30 @@ class ShardTable:
 
     def _index(self, number: int) -> ShardRows:
         """A shard's index; raises `UserError` where it is not the one that was scanned."""
-
-        def read() -> ShardRows:
+        if (rows := self._rows.get(number)) is None:
             shard = self.shards[number]
             rows = read_rows(shard.index)
             if rows.header.sha256 != shard.entry.sha256 or len(rows) != shard.entry.samples:
                 raise UserError(f"{shard.index} is of another scan than its scan.json; run `vlkd prep scan` again.")
-            return rows
+            if len(self._rows) >= self.opened:
+                del self._rows[next(iter(self._rows))]
+            self._rows[number] = rows
+        return rows
 
-        return _kept(self._rows, self.opened, number, read, lambda _: None)
-
-    def _read(self, number: int, extent: Extent, key: str) -> bytes:
-        file = _kept(self._files, self.opened_files, number, lambda: self._open(number), os.close)
+    def _read(self, number: int, extent: Extent, i: int) -> bytes:
+        """The bytes of a member of sample `i`."""
+        if (file := self._files.get(number)) is None:
+            file = self._open(number)
+            if len(self._files) >= self.opened_files:
+                os.close(self._files.pop(next(iter(self._files))))
+            self._files[number] = file
         try:
             data = os.pread(file, extent.size, extent.offset)
         except OSError as error:
-            reason = f"{key} of {self.shards[number].entry.place} cannot be read ({error.strerror})."
-            raise Unavailable(reason) from None
+            reason = f"cannot be read ({error.strerror})"
+            raise Unavailable(f"{self._index(number).key(i)} of {self.shards[number].entry.place} {reason}.") from None
         if len(data) != extent.size or zlib.crc32(data) != extent.crc:
+            key = self._index(number).key(i)
             raise BadImage(f"{key} of {self.shards[number].entry.place} has changed since it was scanned.")
         return data
 
@@ -293,20 +295,6 @@ def indexed_shards(scan: Scan) -> list[IndexedShard]:
         for entry in scan.shards
         if entry.samples
     ]
-
-
-def _kept(
-    known: OrderedDict[int, Kept], limit: int, number: int, make: Callable[[], Kept], drop: Callable[[Kept], object]
-) -> Kept:
-    """The latest `limit` of what was made."""
-    if number in known:
-        known.move_to_end(number)
-        return known[number]
-    made = make()
-    known[number] = made
-    if len(known) > limit:
-        drop(known.popitem(last=False)[1])
-    return made
 
 
 def _check_files(shard: IndexedShard) -> None:
