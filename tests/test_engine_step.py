@@ -52,7 +52,8 @@ def stepped(pairs, accelerator, parts, student=None, rows=ALL):
 def test_parts_are_the_whole(parts, pairs, accelerator):
     whole, expected, _ = stepped(pairs, accelerator, 1)
     found, gradients, _ = stepped(pairs, accelerator, parts)
-    assert found.balance.weights == pytest.approx(whole.balance.weights, abs=1e-5)
+    # Quotients of differences between gradients: rounding shows in them several times as much as in losses.
+    assert found.balance.weights == pytest.approx(whole.balance.weights, abs=5e-5)
     assert set(found.losses) == {term.name for term in TERMS}
     for name, loss in whole.losses.items():
         torch.testing.assert_close(found.losses[name], loss, rtol=1e-5, atol=1e-6)
