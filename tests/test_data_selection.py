@@ -1,0 +1,148 @@
+"""Selections in four forms, and what is refused in a sentence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.pairs import noise
+
+from vlkd.data.eval_set import Choice, open_eval_set
+from vlkd.data.selection import is_selection
+from vlkd.errors import UserError
+
+
+def pictures(folder: Path, *names: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, name in enumerate(names):
+        noise(number).save(folder / name)
+
+
+def jsonl(path: Path, *rows: object) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def crepe(*names: str) -> dict[str, dict[str, str]]:
+    return {
+        str(i): {"filename": name, "caption": f"true {i}", "negative_caption": f"false {i}"}
+        for i, name in enumerate(names)
+    }
+
+
+def test_sugar_crepe_drops_no_item_and_reads_each_picture_once(tmp_path):
+    pictures(tmp_path / "images", "a.png", "b.png")
+    content = dict(sorted(crepe(*["a.png", "b.png"] * 6).items()))  # as texts: 0, 1, 10, 11, 2, ...
+    (tmp_path / "add_att.json").write_text(json.dumps(content))
+    data = open_eval_set(tmp_path / "add_att.json")
+    assert data.kind == "selection"
+    assert data.keys == ["images/a.png", "images/b.png"]
+    assert data.choices == tuple(Choice(images=(i % 2,), captions=(f"true {i}", f"false {i}")) for i in range(12))
+    np.testing.assert_array_equal(np.asarray(data.image(1)), np.asarray(noise(1)))
+
+
+def test_a_folder_of_subsets(tmp_path):
+    pictures(tmp_path, "a.png", "b.png")
+    (tmp_path / "swap_obj.json").write_text(json.dumps(crepe("a.png")))
+    (tmp_path / "add_att.json").write_text(json.dumps(crepe("b.png", "a.png")))
+    data = open_eval_set(tmp_path)
+    assert [(choice.group, data.keys[choice.images[0]]) for choice in data.choices] == [
+        ("add_att", "b.png"),
+        ("add_att", "a.png"),
+        ("swap_obj", "a.png"),
+    ]
+    assert [choice.group for choice in open_eval_set(tmp_path, split="swap_obj").choices] == ["swap_obj"]
+    with pytest.raises(UserError, match="no selection replace_rel"):
+        open_eval_set(tmp_path, split="replace_rel", kind="selection")
+
+
+def test_winoground_with_names_without_ending(tmp_path):
+    pictures(tmp_path / "images", "ex_0_img_0.png", "ex_0_img_1.png")
+    row = {
+        "id": 0, "image_0": "ex_0_img_0", "image_1": "ex_0_img_1", "caption_0": "a b", "caption_1": "b a",
+        "collapsed_tag": "Object",
+    }  # fmt: skip
+    data = open_eval_set(jsonl(tmp_path / "examples.jsonl", row))
+    assert data.choices == (Choice(images=(0, 1), captions=("a b", "b a"), group="Object"),)
+
+
+def test_aro_with_one_and_with_several_false_captions(tmp_path):
+    pictures(tmp_path, "1.jpg")
+    rows = [
+        {"image_path": "1.jpg", "true_caption": "t", "false_caption": "f", "relation_name": "on", "bbox_x": 3},
+        {"image_path": "1.jpg", "true_caption": "t", "false_caption": ["f", "g", "h"]},
+    ]
+    (tmp_path / "aro.json").write_text(json.dumps(rows))
+    data = open_eval_set(tmp_path / "aro.json")
+    assert data.problems == ("1 items name a box (bbox_x, ...) to which ARO crops; whole pictures are shown here",)
+    assert data.choices == (
+        Choice(images=(0,), captions=("t", "f"), group="on"),
+        Choice(images=(0,), captions=("t", "f", "g", "h")),
+    )
+
+
+def test_the_general_form(tmp_path):
+    pictures(tmp_path, "a.png", "b.png", "c.png")
+    file = jsonl(
+        tmp_path / "items.jsonl",
+        {"images": ["a.png", "b.png"], "captions": ["x", "y", "z"], "group": "g"},
+        {"images": ["c.png", "a.png"], "captions": ["x"]},
+    )
+    assert open_eval_set(file).choices == (
+        Choice(images=(0, 1), captions=("x", "y", "z"), group="g"),
+        Choice(images=(2, 0), captions=("x",)),
+    )
+
+
+def test_captions_and_karpathy_files_are_no_selections(tmp_path):
+    pictures(tmp_path, "a.png")
+    captions = jsonl(tmp_path / "captions.jsonl", {"image": "a.png", "captions": ["x"]})
+    karpathy = tmp_path / "dataset.json"
+    karpathy.write_text('{"images": [{"filename": "a.png", "split": "test", "sentences": [{"raw": "x"}]}]}')
+    assert not is_selection(captions)
+    assert not is_selection(karpathy)
+    assert open_eval_set(karpathy).kind == open_eval_set(captions).kind == "retrieval"
+
+
+def test_a_few_missing_pictures_are_left_out_and_named(tmp_path):
+    pictures(tmp_path, "a.png")
+    file = tmp_path / "add_att.json"
+    file.write_text(json.dumps(crepe(*["a.png"] * 39, "gone.png")))
+    data = open_eval_set(file)
+    assert len(data.choices) == 39
+    assert data.problems == ("missing: gone.png",)
+    file.write_text(json.dumps(crepe("a.png", "gone.png", "gone2.png")))
+    with pytest.raises(UserError, match=r"2 of 3 items .* lack a picture, first gone\.png"):
+        open_eval_set(file)
+
+
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        ({"images": ["../a.png"], "captions": ["x", "y"]}, "lies outside"),
+        ({"images": ["a.png"], "captions": ["x"]}, "1 images and 1 captions leave no choice"),
+        ({"images": [], "captions": ["x", "y"]}, "0 images"),
+        ({"images": ["a.png"], "captions": "xy"}, "of another type"),
+        ({"images": ["a.png"], "captions": ["x", 3]}, "is no text"),
+        ({"images": ["a.png"], "captions": ["x", " "]}, "or empty"),
+        ({"images": ["a.png"], "captions": ["x", "\ud800"]}, "is no text"),
+        ({"images": ["a.png"]}, "'captions' is missing"),
+        ({"filename": "a.png", "negative_caption": "x"}, "'caption' is missing"),
+        ({"image_0": "a.png", "image_1": "a.png", "caption_0": "x"}, "'caption_1' is missing"),
+        (["a.png"], "a list; expected an object"),
+        (None, "a NoneType; expected an object"),
+    ],
+)
+def test_refusals(tmp_path, row, sentence):
+    pictures(tmp_path, "a.png")
+    with pytest.raises(UserError, match=sentence):
+        open_eval_set(jsonl(tmp_path / "x.jsonl", row), kind="selection")
+
+
+@pytest.mark.parametrize("text", ["{", '{"0": NaN}', "[" * 100_000, "\x00", "3", '{"0": 3}'])
+def test_what_is_no_selection_json(tmp_path, text):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(UserError, match=r"is no JSON|expected an object"):
+        open_eval_set(tmp_path / "x.json", kind="selection")

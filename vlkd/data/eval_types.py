@@ -1,0 +1,91 @@
+"""What an evaluation set is to the protocols: pictures with labels, captions or choices, whatever files they lie in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL.Image import Image
+
+from vlkd.data.images import open_image
+from vlkd.data.sources import ImageFile
+
+Kind = Literal["classification", "multilabel", "retrieval", "selection"]
+KINDS: tuple[Kind, ...] = ("classification", "multilabel", "retrieval", "selection")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """One item of image and text selection: the i-th image belongs to the i-th caption, the others distract.
+
+    Attributes:
+        images: rows of the `EvalSet`.
+        captions: SugarCrepe has 1 image and (true, false), Winoground 2 x 2, ARO 1 x n with the true one first.
+        group: subset or category; "" for none.
+    """
+
+    images: tuple[int, ...]
+    captions: tuple[str, ...]
+    group: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSet:
+    """I pictures of one kind of task; C classes.
+
+    Attributes:
+        kind: what the pictures carry.
+        keys: (I,) names without repeats.
+        files: (I,) where each picture is.
+        classes: (C,) names by class id (classification, multilabel); two classes may have one name.
+        templates: prompts with `{c}` or `{}` in the place of the class name; () where the data bring none.
+        prompts: whole prompts by class name, which win over templates; None where the data bring none.
+        labels: (I,) int64 class ids, or (I, C) bool for multilabel; None for other kinds.
+        captions: (I,) those of each picture in order, equal ones kept; () for other kinds than retrieval.
+        choices: the items of a selection.
+        groups: (I,) int64 group ids by the name of the column.
+        problems: what was left out, in words.
+    """
+
+    kind: Kind
+    keys: list[str]
+    files: list[ImageFile]
+    classes: tuple[str, ...] = ()
+    templates: tuple[str, ...] = ()
+    prompts: Mapping[str, tuple[str, ...]] | None = None
+    labels: NDArray[Any] | None = None
+    captions: list[tuple[str, ...]] = field(default_factory=list)
+    choices: tuple[Choice, ...] = ()
+    groups: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
+    problems: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.captions:
+            object.__setattr__(self, "captions", [()] * len(self.files))
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def image(self, i: int) -> Image:
+        """Decode picture `i`; raises `UserError` for one that cannot be used."""
+        return open_image(self.files[i].read())
+
+    def label_hash(self) -> str:
+        """16 hexadecimal digits that change with any name, label, caption, prompt, choice or group, not with pixels."""
+        told = {
+            "kind": self.kind,
+            "keys": self.keys,
+            "classes": self.classes,
+            "templates": self.templates,
+            "prompts": None if self.prompts is None else sorted(self.prompts.items()),
+            "labels": None if self.labels is None else self.labels.astype(np.int64).tolist(),
+            "captions": self.captions,
+            "choices": [(choice.images, choice.captions, choice.group) for choice in self.choices],
+            "groups": [(name, ids.tolist()) for name, ids in sorted(self.groups.items())],
+        }
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
