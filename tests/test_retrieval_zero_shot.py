@@ -33,6 +33,25 @@ def test_class_vectors_equal_open_clips_classifier(folder, batch_size):
     wanted = open_clip.build_zero_shot_classifier(model, tokenizer, NAMES, templates)
     found = class_vectors(load(str(folder)).encode_text, NAMES, DEFAULT_TEMPLATES, batch_size=batch_size)
     torch.testing.assert_close(found, wanted.T, rtol=0, atol=1e-6)
+    positional = class_vectors(load(str(folder)).encode_text, NAMES, templates, batch_size=batch_size)
+    assert torch.equal(positional, found)
+
+
+def test_prompts_of_each_class_win_over_templates(folder):
+    """open_clip's classifier of one class with its own sentences as templates, class after class."""
+    model = open_clip.create_model(f"local-dir:{folder}").eval()
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+    own = {"dog": ["it barks", "a {c} as it stands"], "cat": ["it purrs"], "star": ["far", "bright", "in the sky"]}
+    wanted = [
+        open_clip.build_zero_shot_classifier(model, tokenizer, [name], [lambda _, s=s: s for s in own[name]])[:, 0]
+        for name in ("star", "dog", "star", "cat")
+    ]
+    encode = load(str(folder)).encode_text
+    for batch_size in (1, 4, 256):
+        found = class_vectors(encode, ("star", "dog", "star", "cat"), (), prompts=own, batch_size=batch_size)
+        torch.testing.assert_close(found, torch.stack(wanted), rtol=0, atol=1e-6)
+    with pytest.raises(UserError, match=r"1 of 2 classes have no prompts of their own, such as \['Dog'\]"):
+        class_vectors(encode, ("star", "Dog"), ("{c}",), prompts=own)
 
 
 def test_many_prompts_per_forward_and_equal_names_once():
@@ -66,7 +85,7 @@ def test_a_name_is_data_and_no_format():
     [
         ([], ["{c}"], 1.0, "0 class names and 1 templates"),
         (["a"], [], 1.0, "1 class names and 0 templates"),
-        (["a"], ["{}"], 1.0, r"'\{\}' has no \{c\}"),
+        (["a"], ["{x}"], 1.0, r"'\{x\}' has no \{c\} and no \{\}"),
         (["a", "b"], ["{c}"], math.nan, "prompts of the classes 'a' to 'b': row 0 holds NaN"),
         (["a", "b"], ["{c}"], 0.0, "row 0 has length zero"),
     ],
@@ -162,6 +181,8 @@ def test_nan_is_refused(side):
         ([0.0, 1.0, 2.0], "float32; give one class id"),
         ([0, 1, 3], "between 0 and 3; the class ids go from 0 to 2"),
         ([0, 1, -1], "between -1 and 1"),
+        (["0", "1", "2"], "<U1; give one class id"),
+        ([True, False, True], "bool; give one class id"),
     ],
 )
 def test_labels_are_checked(labels, sentence):

@@ -1,4 +1,4 @@
-"""One reference grammar names any model: a folder, `open_clip:NAME@TAG`, or `hf:NAME`."""
+"""One reference grammar names any model: a folder, `open_clip:NAME@TAG`, `hf:NAME`, or `timm:NAME` for images alone."""
 
 from __future__ import annotations
 
@@ -31,6 +31,27 @@ def load(ref: str, *, device: str | torch.device = "cpu") -> DualEncoderModule:
     ref = str(ref)
     model = load_folder(ref, Path(ref)) if ref and Path(ref).is_dir() else load_named(ref)
     return model.to(device).eval()
+
+
+def load_image_encoder(ref: str, *, device: str | torch.device = "cpu") -> DualEncoderModule:
+    """Load whatever encodes images, in evaluation mode, with float32 weights: a dual encoder or a timm tower.
+
+    Of a timm tower `provides` lacks `text.embed`, and what needs texts is refused by it with a sentence.
+
+    Args:
+        ref: see `GRAMMAR`; also `timm:NAME@FILE.safetensors` or `timm:NAME`.
+        device: where the model goes.
+
+    Raises:
+        UserError: nothing answers to the reference, or what does is damaged, pickled, or no encoder of images.
+    """
+    ref = str(ref)
+    family, _, rest = ref.partition(":")
+    if family != "timm" or not rest or Path(ref).is_dir():
+        return load(ref, device=device)
+    from vlkd.models.via_timm import load_timm
+
+    return load_timm(ref, rest).to(device).eval()
 
 
 def load_folder(ref: str, folder: Path) -> DualEncoderModule:
@@ -74,6 +95,7 @@ def load_named(ref: str) -> DualEncoderModule:
     if separator and family == "timm":
         raise UserError(
             f"{ref!r} is an image tower without a text tower, expected a dual encoder; "
-            f"use it as the image tower of a student (model.image={rest}) or of a prepared teacher."
+            f"use it as the image tower of a student (model.image={rest.partition('@')[0]}) or of a prepared teacher, "
+            "or measure it where images alone do: linear probe, k-NN, speed."
         )
     raise UserError(f"Found no model {ref!r}; expected {GRAMMAR}.")

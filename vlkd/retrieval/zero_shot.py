@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -56,6 +56,7 @@ def class_vectors(
     classes: Sequence[str],
     templates: Sequence[str],
     *,
+    prompts: Mapping[str, Sequence[str]] | None = None,
     batch_size: int = 256,
     progress: bool = False,
 ) -> Tensor:
@@ -68,35 +69,82 @@ def class_vectors(
     Args:
         encode_text: B prompts to (B, D), not necessarily normalised.
         classes: C names.
-        templates: P sentences with `{c}` in the place of the name.
-        batch_size: prompts encoded together; only whole classes, so at least P.
+        templates: P sentences with `{c}` in the place of the name, or `{}` if they have no `{c}`.
+        prompts: whole sentences of each class by its name (CuPL, Pratt et al., 2023), in place of the templates.
+        batch_size: prompts encoded together; only whole classes, so at least those of one class.
         progress: show a bar with rate and time left.
 
     Returns:
         (C, D) float32 of length 1, on the CPU.
 
     Raises:
-        UserError: no class, no template or one without `{c}`, or an embedding that holds NaN or has no length.
+        UserError: no class, no template or one without `{c}` or `{}`, a class without prompts of its own where there
+            are some, or an embedding that holds NaN or has no length.
     """
+    unique = list(dict.fromkeys(classes))
+    number = {name: i for i, name in enumerate(unique)}
+    sentences = _sentences(unique, templates) if prompts is None else _own_sentences(unique, prompts)
+    means = []
+    with tqdm(total=len(unique), desc="classes", unit="class", disable=not progress) as bar:
+        for block in _blocks(unique, sentences, batch_size):
+            embed = encode_text([sentence for name in block for sentence in sentences[name]])
+            unit = normalize(check_embeddings(embed, f"prompts of the classes {block[0]!r} to {block[-1]!r}"))
+            means += [own.mean(dim=0) for own in torch.split(unit, [len(sentences[name]) for name in block])]
+            bar.update(len(block))
+    vectors = normalize(check_embeddings(torch.stack(means), "mean prompts of the classes"))
+    return vectors[[number[name] for name in classes]]
+
+
+def _sentences(classes: Sequence[str], templates: Sequence[str]) -> dict[str, list[str]]:
     if not classes or not templates:
         raise UserError(f"Found {len(classes)} class names and {len(templates)} templates; give at least one of each.")
     for template in templates:
-        if "{c}" not in template:
-            raise UserError(f"The template {template!r} has no {{c}}; put it where the class name goes.")
-    number = {name: i for i, name in enumerate(dict.fromkeys(classes))}
-    unique = list(number)
-    step = max(1, batch_size // len(templates))
-    means = []
-    with tqdm(total=len(unique), desc="classes", unit="class", disable=not progress) as bar:
-        for start in range(0, len(unique), step):
-            block = unique[start : start + step]
-            # Not `str.format`: a template from a file could reach into objects or ask for a huge width.
-            embed = encode_text([template.replace("{c}", name) for name in block for template in templates])
-            prompts = normalize(check_embeddings(embed, f"prompts of the classes {block[0]!r} to {block[-1]!r}"))
-            means.append(prompts.view(len(block), len(templates), -1).mean(dim=1))
-            bar.update(len(block))
-    vectors = normalize(check_embeddings(torch.cat(means), "mean prompts of the classes"))
-    return vectors[[number[name] for name in classes]]
+        if "{c}" not in template and "{}" not in template:
+            raise UserError(f"The template {template!r} has no {{c}} and no {{}}; put one where the class name goes.")
+    # Not `str.format`: a template from a file could reach into objects or ask for a huge width.
+    return {name: [t.replace("{c}" if "{c}" in t else "{}", name) for t in templates] for name in classes}
+
+
+def _own_sentences(classes: Sequence[str], prompts: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    without = [name for name in classes if not prompts.get(name)]
+    if without or not classes:
+        raise UserError(
+            f"{len(without)} of {len(classes)} classes have no prompts of their own, such as {without[:3]}; give at "
+            f"least one class, and prompts for each under exactly its name."
+        )
+    return {name: list(prompts[name]) for name in classes}
+
+
+def _blocks(classes: Sequence[str], sentences: Mapping[str, Sequence[str]], batch_size: int) -> Iterator[list[str]]:
+    """Classes in their order, as many at once as have no more than `batch_size` sentences."""
+    block: list[str] = []
+    size = 0
+    for name in classes:
+        if block and size + len(sentences[name]) > batch_size:
+            yield block
+            block, size = [], 0
+        block.append(name)
+        size += len(sentences[name])
+    yield block
+
+
+def check_labels(labels: Indices, images: int, classes: int) -> NDArray[np.int64]:
+    """The labels as (I,) int64, if there is one class id per image.
+
+    Raises:
+        UserError: another number of labels than of images, labels that are no whole numbers, or one that is no class.
+    """
+    try:
+        label = torch.as_tensor(labels).cpu().numpy()
+    except (TypeError, ValueError, RuntimeError):
+        label = np.asarray(labels)
+    if label.shape != (images,) or label.dtype.kind not in "iu":
+        raise UserError(f"{images} images but labels {label.shape}, {label.dtype}; give one class id per image.")
+    if label.min() < 0 or label.max() >= classes:
+        raise UserError(
+            f"Labels lie between {label.min()} and {label.max()}; the class ids go from 0 to {classes - 1}."
+        )
+    return label.astype(np.int64)
 
 
 def accuracy(
@@ -124,13 +172,9 @@ def accuracy(
     images = check_embeddings(image_embed, "image embeddings")
     vectors = check_embeddings(class_vectors, "class vectors", images.shape[1])
     count = len(vectors)
-    label = torch.as_tensor(labels).cpu().numpy()
     if count < 2 or any(k < 1 for k in topk):
         raise UserError(f"Found {count} classes and the cut-offs {tuple(topk)}; expected two classes or more, k >= 1.")
-    if label.shape != (len(images),) or label.dtype.kind not in "iu":
-        raise UserError(f"{len(images)} images but labels {label.shape}, {label.dtype}; give one class id per image.")
-    if label.min() < 0 or label.max() >= count:
-        raise UserError(f"Labels lie between {label.min()} and {label.max()}; the class ids go from 0 to {count - 1}.")
+    label = check_labels(labels, len(images), count)
     cutoffs = [k for k in sorted({1, *topk}) if k < count]
     right = nearest(images, vectors, cutoffs[-1])[1].numpy() == label[:, None]
     sizes = np.bincount(label, minlength=count)

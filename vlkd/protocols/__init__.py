@@ -1,0 +1,1 @@
+"""Evaluation protocols: pure functions from embeddings to figures, one file per protocol."""
