@@ -17,7 +17,8 @@ from vlkd.data.items import item_paths, open_item
 from vlkd.data.shards import RawSample, write_shards
 from vlkd.data.sources import open_pairs
 from vlkd.models.load import load
-from vlkd.retrieval.index import KINDS, SearchIndex
+from vlkd.retrieval.index import SearchIndex
+from vlkd.retrieval.kinds import KINDS, STORAGES
 
 QUERIES = ("a blue circle", "two green triangles and a small yellow star")
 
@@ -64,7 +65,7 @@ def expected(model_folder: Path, paths: list[Path], query: np.ndarray) -> list[t
     return [(str(paths[i]), float(cosines[i])) for i in order]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["flat", "hnsw", "ivf"])
 def test_search_prints_what_the_cosines_say(kind, model, photos, tmp_path, capsys):
     built = run_json(capsys, "index", "--model", model, "--images", photos, "--out", tmp_path / "idx", "--type", kind)
     assert (built["items"], built["added"], built["kind"]) == (6, 6, kind)
@@ -191,7 +192,57 @@ def test_search_refuses_in_one_sentence(model, photos, tmp_path, capsys):
 
 
 def test_the_help_names_every_kind():
-    assert index_verb.KINDS == KINDS
+    assert tuple(index_verb.KINDS[1:]) == KINDS
+    assert index_verb.STORAGES == STORAGES
+
+
+def test_auto_says_why_and_small_vectors_say_what_they_are(model, photos, tmp_path, capsys):
+    words = ("index", "--model", model, "--images", photos, "--out")
+    out = run(capsys, *words, tmp_path / "idx")
+    assert "few enough to compare every one" in out.splitlines()[0]
+    assert "approximate" not in out
+    out = run(capsys, *words, tmp_path / "small", "--dims", "8", "--storage", "int8")
+    assert f"Kept of each vector: 8 of {load(str(model)).width} numbers as int8" in out
+    built = SearchIndex.load(tmp_path / "small")
+    assert (built.settings.kind, built.settings.dims, built.settings.storage) == ("flat", 8, "int8")
+    assert len(run_json(capsys, "search", tmp_path / "small", QUERIES[0])["results"][0]["hits"]) == 6
+    assert "does not hold its vectors whole" in refused(
+        capsys, "index", "--out", tmp_path / "small", "--remove", "0", "--type", "hnsw"
+    )
+    changed = run_json(capsys, "index", "--out", tmp_path / "idx", "--remove", "0", "--storage", "binary")
+    assert (changed["items"], changed["storage"]) == (5, "binary")
+    assert "stores no int8" in refused(capsys, *words, tmp_path / "no", "--type", "hnsw", "--storage", "int8")
+    assert "256 to be trained" in refused(capsys, *words, tmp_path / "no", "--type", "ivf_pq")
+    run(capsys, *words, tmp_path / "graph", "--type", "hnsw")
+    back = run_json(capsys, "index", "--out", tmp_path / "graph", "--remove", "1", "--type", "auto")
+    assert (back["kind"], back["items"]) == ("flat", 5)
+    assert "few enough" in back["why"]
+
+
+def test_a_teacher_puts_the_shortlist_in_its_order(model, photos, tmp_path, capsys):
+    tiny_composite(seed=5, width=40).save(tmp_path / "teacher")
+    run(capsys, "index", "--model", model, "--images", photos, "--out", tmp_path / "idx")
+    words = ("search", tmp_path / "idx", QUERIES[0], "--rerank", tmp_path / "teacher")
+    wanted = run_json(capsys, "search", tmp_path / "idx", QUERIES[0], "-k", "4")["results"][0]["hits"]
+    short = {hit["path"] for hit in wanted}
+    vector = load(str(tmp_path / "teacher")).encode_text(QUERIES[:1]).numpy()[0]
+    by_teacher = expected(tmp_path / "teacher", sorted(photos.rglob("*.png")), vector)
+    for extra, order in (
+        (("--shortlist", "4"), [p for p, _ in by_teacher if p in short]),
+        ((), [p for p, _ in by_teacher]),
+    ):
+        found = run_json(capsys, *words, "-k", "3", *extra)
+        assert [hit["path"] for hit in found["results"][0]["hits"]] == order[:3]
+        scores = dict(by_teacher)
+        np.testing.assert_allclose(
+            [hit["score"] for hit in found["results"][0]["hits"]], [scores[p] for p in order[:3]], atol=1e-5
+        )
+    first = run_json(capsys, "search", tmp_path / "idx", "--image", photos / "2.png", "--rerank", tmp_path / "teacher")
+    assert first["results"][0]["hits"][0]["path"] == str(photos / "2.png")
+    (photos / "0.png").unlink()
+    found = run_json(capsys, *words)
+    assert (found["not_reranked"], len(found["results"][0]["hits"])) == (1, 5)
+    assert "--shortlist is 2" in refused(capsys, *words, "--shortlist", "2")
 
 
 def test_an_index_of_a_model_that_was_trained_on_since_is_refused(tmp_path, photos, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import faiss
@@ -11,8 +12,16 @@ import pytest
 
 from vlkd.errors import UserError
 from vlkd.retrieval.folder import read_description
-from vlkd.retrieval.index import KINDS, IndexSettings, SearchIndex
+from vlkd.retrieval.index import SearchIndex
+from vlkd.retrieval.kinds import IndexSettings
 from vlkd.retrieval.search import topk
+
+KINDS = ("flat", "hnsw", "ivf")
+"""Those that hold their vectors whole."""
+SMALL = (
+    {"storage": "int8"}, {"storage": "binary"}, {"dims": 8}, {"kind": "hnsw", "dims": 8}, {"kind": "ivf_pq"},
+    {"storage": "int8", "dims": 8},
+)  # fmt: skip
 
 
 def vectors(n, seed=0, width=16):
@@ -129,6 +138,76 @@ def test_everything_can_be_removed_and_saved(kind, tmp_path):
     assert [hit.path for hit in index.search(vectors(50)[1], 1)] == ["b"]
 
 
+@pytest.mark.parametrize("settings", SMALL, ids=lambda s: IndexSettings(**s).name)
+def test_small_vectors_through_add_remove_save_load(settings, tmp_path):
+    x = vectors(600)
+    index = SearchIndex.build(x, names(range(600)), model="m", settings=IndexSettings(**settings))
+    assert index.add(vectors(5, 2), names(range(600, 605))) == list(range(600, 605))
+    index.remove([3, "photos/0100.jpg"])
+    index.save(tmp_path / "idx")
+    loaded = SearchIndex.load(tmp_path / "idx")
+    assert (loaded.width, loaded.settings, len(loaded)) == (16, IndexSettings(**settings), 603)
+    for held in (index, loaded):
+        assert held.search(vectors(5, 2)[4], 1)[0].id == 604
+        assert {3, 100}.isdisjoint(hit.id for hit in held.search(x[3], 50))
+        assert np.allclose(np.linalg.norm(held.vectors(), axis=1), 1, atol=1e-5)
+        with pytest.raises(UserError, match="does not hold its vectors whole"):
+            held.rebuild(IndexSettings(kind="ivf"))
+    assert loaded.add(x[[3]], ["back"]) == [605]
+    with pytest.raises(UserError, match="expected vectors of width 16, found 8"):
+        loaded.search(x[0, :8], 1)
+
+
+def test_fewer_dims_are_the_cosine_of_what_is_kept():
+    x, query = vectors(300), vectors(1, 1)[0]
+    hits = SearchIndex.build(x, names(range(300)), model="m", settings=IndexSettings(dims=8)).search(query, 10)
+    scores = unit(x[:, :8]) @ unit(query[:8])
+    assert [hit.id for hit in hits] == np.argsort(-scores)[:10].tolist()
+    assert [hit.score for hit in hits] == pytest.approx(np.sort(scores)[::-1][:10].tolist(), abs=1e-6)
+
+
+def test_binary_counts_equal_signs():
+    x, query = vectors(300), vectors(1, 1)[0]
+    hits = SearchIndex.build(x, names(range(300)), model="m", settings=IndexSettings(storage="binary")).search(
+        query, 10
+    )
+    different = ((x >= 0) != (query >= 0)).sum(1)
+    assert [hit.id for hit in hits] == np.argsort(different, kind="stable")[:10].tolist()
+    assert [hit.score for hit in hits] == pytest.approx(np.cos(math.pi * np.sort(different)[:10] / 16).tolist())
+
+
+def test_int8_stays_near_the_cosine_also_for_vectors_added_to_a_few():
+    x, query = vectors(300, width=64), vectors(1, 1, width=64)[0]
+    index = SearchIndex.build(x[:2], ["a", "b"], model="m", settings=IndexSettings(storage="int8"))
+    index.add(x[2:], names(range(2, 300)))
+    hits = index.search(query, 300)
+    scores = unit(x) @ unit(query)
+    assert np.abs([hit.score - scores[hit.id] for hit in hits]).max() < 0.01
+
+
+def test_a_flat_index_becomes_small(tmp_path):
+    sizes = []
+    for settings in ({}, {"storage": "int8"}, {"storage": "binary"}, {"kind": "ivf_pq"}):
+        built("flat", 300).rebuild(IndexSettings(**settings)).save(tmp_path / "idx")
+        sizes.append((tmp_path / "idx" / "index.faiss").stat().st_size)
+    ids = 300 * 8
+    assert sizes[0] - sizes[1] > 300 * 16 * 3 - 500
+    assert sizes[2] < ids + 300 * 2 + 500
+
+
+def test_a_folder_of_the_first_version_is_read(tmp_path):
+    place = tmp_path / "idx"
+    built("hnsw", 30, hnsw_search_effort=77).save(place)
+    about = json.loads((place / "index.json").read_text())
+    assert about["format_version"] == 2
+    for name in ("dims", "storage", "pq_bytes"):
+        del about["settings"][name]
+    (place / "index.json").write_text(json.dumps(about | {"format_version": 1}))
+    index = SearchIndex.load(place)
+    assert index.settings == IndexSettings(kind="hnsw", hnsw_search_effort=77)
+    assert index.search(vectors(30)[7], 1)[0].id == 7
+
+
 def test_description_says_what_is_inside(tmp_path):
     built("ivf").save(tmp_path / "idx")
     about = json.loads((tmp_path / "idx" / "index.json").read_text())
@@ -240,6 +319,11 @@ def test_bad_input_changes_nothing():
         (lambda: index.search(vectors(1)[0], 0), "1 or more"),
         (lambda: built("tree"), "No index is of kind 'tree'"),
         (lambda: built("ivf", 5, ivf_lists=6), "at most one list per vector"),
+        (lambda: built("ivf_pq", 255), "it needs 256 to be trained"),
+        (lambda: built("ivf_pq", 300, pq_bytes=5), "divisor of the width"),
+        (lambda: built("flat", dims=17), "dims = 17 of vectors of width 16"),
+        (lambda: built("flat", storage="int4"), "No index stores 'int4'"),
+        (lambda: built("hnsw", storage="int8"), "hnsw stores no int8 vectors"),
     ]
     for call, sentence in cases:
         with pytest.raises(UserError, match=sentence):

@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,15 +17,19 @@ from vlkd.errors import UserError
 if TYPE_CHECKING:
     from vlkd.data.sources import Pairs
     from vlkd.retrieval.index import SearchIndex
+    from vlkd.retrieval.kinds import IndexSettings
 
 EPILOG = """Images get ids in order, which are never given twice. --add skips images that are in the index already;
---remove takes ids, or paths as `vlkd search` prints them.
+--remove takes ids, or paths as `vlkd search` prints them. --dims and --storage make the index smaller and its scores
+approximate; `vlkd eval index_quality` measures what they lose.
 
 examples:
   vlkd index --model runs/retriever/student --images photos/ --out photos.index
   vlkd index --images photos/ --out photos.index --add --remove 17 photos/blurred.jpg
+  vlkd index --model runs/retriever/student --images photos/ --out small.index --dims 128 --storage int8
 """
-KINDS = ("flat", "hnsw", "ivf")
+KINDS = ("auto", "flat", "hnsw", "ivf", "ivf_pq")
+STORAGES = ("float32", "int8", "binary")
 LISTED = 20
 
 
@@ -38,8 +43,10 @@ def main(argv: Sequence[str]) -> None:
     if args.images:
         index, figures = add_images(index, args)
     assert index is not None
+    index = settle(index, args, figures)
     index.save(args.out)
     figures = {"command": "index", "out": str(args.out), "model": index.model, "kind": index.settings.kind} | figures
+    figures |= {"storage": index.settings.storage, "dims": index.settings.dims or index.width}
     figures |= {
         "removed": removed,
         "items": len(index),
@@ -63,7 +70,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--model", metavar="REF", help="encodes the images; an index knows its own")
     parser.add_argument("--images", metavar="PATH[#SPLIT]", help="folder of images, shards, captions file")
     parser.add_argument("--out", required=True, type=Path, metavar="IDX", help="the index, a folder")
-    parser.add_argument("--type", choices=KINDS, help="default flat: exact, enough for some 100,000 images")
+    parser.add_argument("--type", choices=KINDS, help="default auto for a new index: by size, with the reason")
+    parser.add_argument("--dims", type=int, metavar="N", help="keep the first N numbers of each vector; approximate")
+    parser.add_argument("--storage", choices=STORAGES, help="of flat; int8: 1/4 the size, binary: 1/32; approximate")
     parser.add_argument("--add", action="store_true", help="add to the index at --out")
     parser.add_argument("--remove", nargs="+", default=[], metavar="ID_OR_PATH", help="remove from the index at --out")
     parser.add_argument("--batch-size", type=int, default=64, help="default %(default)s")
@@ -73,6 +82,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         raise UserError(f"--batch-size is {args.batch_size}; expected 1 or more.")
     if not args.images and (args.add or not args.remove):
         raise UserError("No images are named; give --images PATH (or only --remove ID_OR_PATH).")
+    if args.dims is not None and args.dims < 1:
+        raise UserError(f"--dims is {args.dims}; expected 1 or more numbers of each vector.")
+    if args.storage in STORAGES[1:] and args.type not in (None, "auto", "flat"):
+        raise UserError(
+            f"--type {args.type} stores no {args.storage} vectors; leave --storage out, or take --type flat."
+        )
     changes = args.add or args.remove
     if not changes and not args.model:
         raise UserError("A new index needs --model REF; for instance the folder `student` of a run.")
@@ -85,7 +100,7 @@ def open_index(args: argparse.Namespace) -> SearchIndex | None:
     """The index to be changed, in the kind asked for; None where a new one is to be built."""
     if not (args.add or args.remove):
         return None
-    from vlkd.retrieval.index import IndexSettings, SearchIndex
+    from vlkd.retrieval.index import SearchIndex
 
     index = SearchIndex.load(args.out)
     if args.model and model_reference(args.model) != index.model:
@@ -93,9 +108,37 @@ def open_index(args: argparse.Namespace) -> SearchIndex | None:
             f"{args.out} was made with the model {index.model}, not {args.model}; leave --model out, or build another "
             "index: vectors of two models do not compare."
         )
-    if args.type and args.type != index.settings.kind:
-        return index.rebuild(IndexSettings(kind=args.type))
+    now = index.settings
+    kind = now.kind if args.type in (None, "auto") else args.type
+    wanted = replace(now, kind=kind, dims=args.dims or now.dims, storage=args.storage or now.storage)
+    return index if wanted == now else index.rebuild(wanted)
+
+
+def settle(index: SearchIndex, args: argparse.Namespace, figures: dict[str, Any]) -> SearchIndex:
+    """The changed index in the kind that `--type auto` takes for its size, and a word about approximate vectors."""
+    if args.type == "auto" and (args.add or args.remove) and len(index) and not index.settings.lossy:
+        settings, figures["why"] = chosen(len(index), index.width, args)
+        if settings.kind != index.settings.kind:
+            index = index.rebuild(settings)
+    if "why" in figures:
+        print(figures["why"])
+    if index.settings.dims or index.settings.storage != "float32":
+        print(
+            f"Kept of each vector: {index.settings.dims or index.width} of {index.width} numbers as "
+            f"{index.settings.storage}; scores and order are approximate."
+        )
     return index
+
+
+def chosen(count: int, width: int, args: argparse.Namespace) -> tuple[IndexSettings, str]:
+    """Settings for a new index of so many vectors as `--type auto` takes them, and why."""
+    from vlkd.retrieval.choose import choose_kind, usable_memory
+    from vlkd.retrieval.kinds import IndexSettings
+
+    settings, why = choose_kind(count, min(width, args.dims or width), usable_memory())
+    if args.storage in STORAGES[1:]:
+        settings, why = IndexSettings(kind="flat"), f"flat: it is the kind that stores {args.storage} vectors."
+    return settings, why
 
 
 def remove(index: SearchIndex, which: Sequence[str]) -> int:
@@ -136,7 +179,8 @@ def _encode_into(
     from vlkd.models.fingerprint import model_fingerprint
     from vlkd.models.load import load
     from vlkd.retrieval.encode import encode_images
-    from vlkd.retrieval.index import IndexSettings, SearchIndex
+    from vlkd.retrieval.index import SearchIndex
+    from vlkd.retrieval.kinds import IndexSettings
 
     reference = index.model if index is not None else model_reference(args.model)
     model = load(reference)
@@ -146,7 +190,11 @@ def _encode_into(
     encoded = encode_images(model, source, batch_size=args.batch_size)
     paths = [source.keys[i] for i in encoded.index]
     if index is None:
-        settings = IndexSettings(kind=args.type or "flat")
+        if args.type in (None, "auto"):
+            settings, figures["why"] = chosen(len(paths), encoded.embed.shape[1], args)
+        else:
+            settings = IndexSettings(kind=args.type)
+        settings = replace(settings, dims=args.dims or 0, storage=args.storage or "float32")
         index = SearchIndex.build(encoded.embed, paths, model=reference, fingerprint=fingerprint, settings=settings)
     else:
         index.add(encoded.embed, paths)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -32,7 +36,7 @@ class PairSource(Protocol):
         ...
 
     def image(self, i: int) -> Image:
-        """Image i, decoded; raises `UserError` or `OSError` if it cannot be read."""
+        """Image i, decoded; raises `UserError` or `OSError` if it cannot be read. Several threads ask at once."""
         ...
 
     def __len__(self) -> int: ...
@@ -91,14 +95,17 @@ class EncodedPairs:
 
 
 def encode_images(
-    model: ImageEncoder, source: PairSource, *, batch_size: int = 64, progress: bool = True
+    model: ImageEncoder, source: PairSource, *, batch_size: int = 64, workers: int = 2, progress: bool = True
 ) -> EncodedImages:
-    """Encode every readable image, holding one batch of decoded images at a time.
+    """Encode every readable image; while one batch is encoded, the next one is decoded.
+
+    At most two batches of decoded images are held. The batches, and so the embeddings, do not depend on `workers`.
 
     Args:
         model: the encoder.
         source: the images.
-        batch_size: images decoded and encoded together.
+        batch_size: images encoded together.
+        workers: threads that decode, one or more.
         progress: show a bar with rate and time left.
 
     Raises:
@@ -109,23 +116,47 @@ def encode_images(
     embeds: list[Tensor] = []
     index: list[int] = []
     bad: list[tuple[str, str]] = []
-    with tqdm(total=len(source), desc="images", unit="image", disable=not progress) as bar:
+    with (
+        tqdm(total=len(source), desc="images", unit="image", disable=not progress) as bar,
+        closing(_decoded(source, workers, batch_size)) as decoded,
+    ):
         for start in range(0, len(source), batch_size):
-            block = range(start, min(start + batch_size, len(source)))
             images: list[Image] = []
-            for i in block:
-                try:
-                    images.append(source.image(i))
-                    index.append(i)
-                except (UserError, OSError) as error:
-                    bad.append((source.keys[i], str(error)))
+            for i, image in enumerate(islice(decoded, batch_size), start):
+                if isinstance(image, str):
+                    bad.append((source.keys[i], image))
                     bar.set_postfix(unreadable=len(bad))
+                else:
+                    images.append(image)
+                    index.append(i)
             if images:
                 embeds.append(model.encode_image(images, batch_size=batch_size).detach().float().cpu())
-            bar.update(len(block))
+            bar.update(min(batch_size, len(source) - start))
     if not embeds:
         raise UserError(f"None of the {len(source)} images can be read; the first: {bad[0][0]}: {bad[0][1]}")
     return EncodedImages(embed=torch.cat(embeds), index=np.array(index, np.int64), bad=tuple(bad))
+
+
+def _decoded(source: PairSource, workers: int, ahead: int) -> Generator[Image | str, None, None]:
+    """Every image in order, or why it cannot be read; `ahead` images wait decoded while the caller has the others."""
+
+    def decode(i: int) -> Image | str:
+        try:
+            return source.image(i)
+        except (UserError, OSError) as error:
+            return str(error)
+
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+    waiting: deque[Future[Image | str]] = deque()
+    try:
+        for i in range(len(source)):
+            waiting.append(pool.submit(decode, i))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def encode_texts(model: TextEncoder, texts: Sequence[str], *, batch_size: int = 256, progress: bool = True) -> Tensor:
@@ -162,6 +193,7 @@ def encode_pairs(
     source: PairSource,
     *,
     batch_size: int = 64,
+    workers: int = 2,
     progress: bool = True,
 ) -> EncodedPairs:
     """Encode images with one model and all their captions with another, or the same.
@@ -171,6 +203,7 @@ def encode_pairs(
         text_model: encodes the captions.
         source: the pairs; every image has a caption.
         batch_size: images encoded together; four times as many captions are.
+        workers: threads that decode images.
         progress: show bars with rate and time left.
 
     Raises:
@@ -182,7 +215,7 @@ def encode_pairs(
             f"Image {without[0]!r} has no caption ({len(without)} of {len(source)} images); retrieval needs a caption "
             f"for each: leave these images out."
         )
-    images = encode_images(image_model, source, batch_size=batch_size, progress=progress)
+    images = encode_images(image_model, source, batch_size=batch_size, workers=workers, progress=progress)
     kept = images.index.tolist()
     captions = [caption for i in kept for caption in source.captions[i]]
     return EncodedPairs(

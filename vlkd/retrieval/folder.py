@@ -12,7 +12,7 @@ from typing import Any
 
 from vlkd.errors import UserError
 
-FORMAT, FORMAT_VERSION = "vlkd-index", 1
+FORMAT, FORMAT_VERSION, READABLE_VERSIONS = "vlkd-index", 2, (1, 2)
 FILES = ("index.faiss", "items.jsonl")
 _KEYS = {"model", "width", "settings", "count", "next_id", "files"}
 
@@ -61,7 +61,9 @@ def read_description(place: Path) -> dict[str, Any]:
         raise UserError(f"{place} holds no index.json; expected an index folder, made by `vlkd index`.") from None
     except (ValueError, OSError) as error:
         raise UserError(f"{place / 'index.json'} cannot be read ({error}); build the index again.") from None
-    known = isinstance(about, dict) and about.get("format") == FORMAT and about.get("format_version") == FORMAT_VERSION
+    known = (
+        isinstance(about, dict) and about.get("format") == FORMAT and about.get("format_version") in READABLE_VERSIONS
+    )
     if not known or not about.keys() >= _KEYS:
         raise UserError(
             f"{place / 'index.json'} does not describe a {FORMAT} of version {FORMAT_VERSION}; build the index again."

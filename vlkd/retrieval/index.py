@@ -1,7 +1,7 @@
 """A FAISS index that remembers what it holds: vectors, stable ids and paths, in one folder.
 
-The folder holds `index.faiss` (the vectors, whole, in every kind), `items.jsonl` (one `{"id": ..., "path": ...}` per
-line) and `index.json` (the model, kind, counts, versions and hashes of the two files).
+The folder holds `index.faiss` (the vectors, whole unless the settings are lossy), `items.jsonl` (one
+`{"id": ..., "path": ...}` per line) and `index.json` (the model, kind, counts, versions and hashes of the two files).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import faiss as _faiss
 import numpy as np
@@ -27,43 +27,17 @@ from vlkd.retrieval.folder import (
     replace_folder,
     sha256,
 )
-from vlkd.retrieval.search import Vectors, check_embeddings, normalize
+from vlkd.retrieval.kinds import IndexSettings, ask, make_index, shortened, stored_vectors
+from vlkd.retrieval.search import Vectors, check_embeddings
 
 faiss: Any = _faiss  # its own stubs lack half of its names
 
-Kind = Literal["flat", "hnsw", "ivf"]
-KINDS: tuple[Kind, ...] = ("flat", "hnsw", "ivf")
-
-_POINTS_PER_LIST = 39
 _REMOVED_AT_MOST = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
-class IndexSettings:
-    """How an index searches.
-
-    Attributes:
-        kind: `flat` compares with every vector and is exact; up to some 100,000 vectors nothing else is needed.
-            `hnsw` walks a graph: fast at any size, more memory, slow to build. `ivf` looks into the nearest of the
-            lists that k-means made of the vectors present at the build.
-        hnsw_neighbours: links per vector (M); memory per vector grows by about 8 M bytes.
-        hnsw_build_effort: candidates looked at for each insertion (efConstruction).
-        hnsw_search_effort: candidates looked at in a search (efSearch); more is nearer to exact and slower.
-        ivf_lists: number of lists; 0 takes 4 sqrt(N), at least 39 vectors for each (FAISS's own minimum).
-        ivf_probes: lists looked into by a search; 0 takes an eighth of the lists, at least 8.
-    """
-
-    kind: Kind = "flat"
-    hnsw_neighbours: int = 32
-    hnsw_build_effort: int = 200
-    hnsw_search_effort: int = 128
-    ivf_lists: int = 0
-    ivf_probes: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
 class Hit:
-    """One found item: its external id, its path and its cosine with the query."""
+    """One found item: its external id, its path and its cosine with the query (an estimate if the index is lossy)."""
 
     id: int
     path: str
@@ -85,9 +59,11 @@ class SearchIndex:
         model: str,
         fingerprint: str,
         settings: IndexSettings,
+        width: int,
         next_id: int,
     ) -> None:
         """Use `build` or `load`; here `index` is the FAISS index and `paths` maps the live ids, ascending, to paths."""
+        self._width = width
         self._index, self._paths, self._next_id = index, paths, next_id
         self._ids = {path: number for number, path in paths.items()}
         self.model, self.fingerprint, self.settings = model, fingerprint, settings
@@ -115,9 +91,17 @@ class SearchIndex:
             UserError: bad embeddings, a path twice, a kind that does not exist, numbers that do not match.
         """
         chosen = settings or IndexSettings()
-        vectors = normalize(check_embeddings(embeddings, "embeddings")).numpy()
-        index = cls(_empty(vectors, chosen), {}, model=model, fingerprint=fingerprint, settings=chosen, next_id=0)
-        index.add(vectors, paths)
+        vectors = shortened(embeddings, "embeddings", None, chosen.dims)
+        index = cls(
+            make_index(vectors, chosen),
+            {},
+            model=model,
+            fingerprint=fingerprint,
+            settings=chosen,
+            width=embeddings.shape[1],
+            next_id=0,
+        )
+        index._append(vectors, paths)
         return index
 
     def __len__(self) -> int:
@@ -125,8 +109,8 @@ class SearchIndex:
 
     @property
     def width(self) -> int:
-        """D."""
-        return int(self._index.d)
+        """D of the model, also where fewer numbers are kept."""
+        return self._width
 
     @property
     def items(self) -> dict[int, str]:
@@ -134,11 +118,10 @@ class SearchIndex:
         return dict(self._paths)
 
     def vectors(self) -> NDArray[np.float32]:
-        """(N, D) the normalised vectors, in the order of their ids."""
+        """(N, D) the normalised vectors, in the order of their ids; where the settings are lossy, what is left."""
         if not self._paths:
-            return np.empty((0, self.width), np.float32)
-        ids = np.fromiter(self._paths, np.int64, len(self))
-        return np.asarray(self._index.reconstruct_batch(ids), np.float32)
+            return np.empty((0, int(self._index.d)), np.float32)
+        return stored_vectors(self._index, self.settings, np.fromiter(self._paths, np.int64, len(self)))
 
     def add(self, embeddings: Vectors, paths: Sequence[str]) -> list[int]:
         """Add items and return their new ids.
@@ -146,7 +129,10 @@ class SearchIndex:
         Raises:
             UserError: bad embeddings, another width, or a path that is already there; nothing is added then.
         """
-        vectors = normalize(check_embeddings(embeddings, "embeddings", self.width)).numpy()
+        return self._append(shortened(embeddings, "embeddings", self.width, self.settings.dims), paths)
+
+    def _append(self, vectors: NDArray[np.float32], paths: Sequence[str]) -> list[int]:
+        """`add` for vectors that are checked, cut and normalised."""
         if len(vectors) != len(paths):
             raise UserError(f"{len(vectors)} embeddings but {len(paths)} paths; give one path per embedding.")
         seen = set(self._ids)
@@ -185,10 +171,16 @@ class SearchIndex:
         """The same items under the same ids in an index of another kind or with other parameters.
 
         Raises:
-            UserError: the index is empty, or the kind does not exist.
+            UserError: the index is empty, the kind does not exist, or the whole vectors are needed and not there.
         """
-        vectors = check_embeddings(self.vectors(), "vectors of the index").numpy()
-        index = _empty(vectors, settings)
+        if self.settings.lossy and settings != self.settings:
+            raise UserError(
+                f"The index ({self.settings.name}) does not hold its vectors whole, as {settings.name} needs them; "
+                "build it again from the images."
+            )
+        held = check_embeddings(self.vectors(), "vectors of the index")
+        vectors = shortened(held, "vectors of the index", None, settings.dims)
+        index = make_index(vectors, settings)
         index.add_with_ids(vectors, np.fromiter(self._paths, np.int64, len(self)))
         return SearchIndex(
             index,
@@ -196,6 +188,7 @@ class SearchIndex:
             model=self.model,
             fingerprint=self.fingerprint,
             settings=settings,
+            width=self.width,
             next_id=self._next_id,
         )
 
@@ -218,7 +211,7 @@ class SearchIndex:
         row = check_embeddings(query.reshape(1, -1) if query.ndim == 1 else query, "query", self.width)
         if len(row) != 1:
             raise UserError(f"{len(row)} queries given; search one at a time.")
-        vector, wanted = normalize(row).numpy(), min(k, len(self))
+        vector, wanted = shortened(row, "query", self.width, self.settings.dims), min(k, len(self))
         ask = wanted + 1
         found = self._ask(vector, ask)
         # FAISS keeps any of the equal scores at its edge: ask for more until the edge lies between unequal ones.
@@ -231,18 +224,9 @@ class SearchIndex:
         return [Hit(id=number, path=self._paths[number], score=score) for score, number in best]
 
     def _ask(self, vector: NDArray[np.float32], k: int) -> list[tuple[float, int]]:
-        """(score, id) of at most k live items, descending; never the -1 with which FAISS pads."""
-        k = min(k, len(self))
-        parameters = None
-        if self.settings.kind == "hnsw":
-            removed = self._removed() if self._index.ntotal > len(self) else ()
-            selector = faiss.IDSelectorNot(faiss.IDSelectorBatch(removed)) if len(removed) else None
-            parameters = faiss.SearchParametersHNSW(efSearch=max(self.settings.hnsw_search_effort, k), sel=selector)
-        elif self.settings.kind == "ivf":
-            lists = self._index.nlist
-            parameters = faiss.SearchParametersIVF(nprobe=min(lists, self.settings.ivf_probes or max(8, lists // 8)))
-        scores, ids = self._index.search(vector, k, params=parameters)
-        return [pair for pair in zip(scores[0].tolist(), ids[0].tolist(), strict=True) if pair[1] >= 0]
+        """(score, id) of at most k live items, descending."""
+        graph = self.settings.kind == "hnsw" and self._index.ntotal > len(self)
+        return ask(self._index, self.settings, vector, min(k, len(self)), self._removed() if graph else ())
 
     def _removed(self) -> NDArray[np.int64]:
         """Ids that are still in the graph but no longer items."""
@@ -256,12 +240,16 @@ class SearchIndex:
         """
 
         def fill(new: Path) -> None:
-            faiss.write_index(self._index, str(new / "index.faiss"))
+            self.write_vectors(new / "index.faiss")
             lines = (json.dumps({"id": number, "path": path}) + "\n" for number, path in self._paths.items())
             (new / "items.jsonl").write_text("".join(lines), encoding="utf-8")
             (new / "index.json").write_text(json.dumps(self._description(new), indent=1), encoding="utf-8")
 
         replace_folder(folder, fill)
+
+    def write_vectors(self, path: Path) -> None:
+        """Write the FAISS index alone, without the paths and the description."""
+        faiss.write_index(self._index, str(path))
 
     def _description(self, folder: Path) -> dict[str, Any]:
         return {
@@ -270,12 +258,12 @@ class SearchIndex:
             "model": self.model,
             "fingerprint": self.fingerprint,
             "width": self.width,
-            "metric": "cosine: inner product of normalised float32 vectors",
+            "metric": "cosine: inner product of normalised vectors; binary storage: estimated from Hamming distance",
             "settings": asdict(self.settings),
             "count": len(self),
             "next_id": self._next_id,
             "versions": {"faiss": faiss.__version__, "numpy": np.__version__},
-            "embeddings_sha256": hashlib.sha256(self.vectors().tobytes()).hexdigest(),
+            "embeddings_sha256": hashlib.sha256(np.ascontiguousarray(self.vectors()).data).hexdigest(),
             "files": {name: sha256(folder / name) for name in FILES},
         }
 
@@ -288,12 +276,14 @@ class SearchIndex:
         """
         place = readable_folder(folder)
         about = read_description(place)
-        if about["settings"].keys() != asdict(IndexSettings()).keys():
+        # Version 1 knew fewer settings, whose defaults are what it did.
+        settings = (asdict(IndexSettings()) if about["format_version"] == 1 else {}) | about["settings"]
+        if settings.keys() != asdict(IndexSettings()).keys():
             raise UserError(f"{place / 'index.json'} holds settings of another version; build the index again.")
         index = faiss.read_index(str(place / "index.faiss"))
         rows = [json.loads(line) for line in (place / "items.jsonl").read_text(encoding="utf-8").splitlines()]
         paths = {int(row["id"]): str(row["path"]) for row in rows}
-        if len(paths) != about["count"] or index.d != about["width"] or index.ntotal < len(paths):
+        if len(paths) != about["count"] or index.d != (settings["dims"] or about["width"]) or index.ntotal < len(paths):
             raise UserError(
                 f"{folder}: {len(paths)} items and {index.ntotal} vectors of width {index.d} do not match index.json "
                 f"({about['count']} items, width {about['width']}); build the index again."
@@ -303,27 +293,7 @@ class SearchIndex:
             paths,
             model=about["model"],
             fingerprint=about["fingerprint"],
-            settings=IndexSettings(**about["settings"]),
+            settings=IndexSettings(**settings),
+            width=about["width"],
             next_id=about["next_id"],
         )
-
-
-def _empty(vectors: NDArray[np.float32], settings: IndexSettings) -> Any:
-    """An empty FAISS index for vectors like these, which train the lists of `ivf`."""
-    width, metric = vectors.shape[1], faiss.METRIC_INNER_PRODUCT
-    if settings.kind == "flat":
-        return faiss.IndexIDMap2(faiss.IndexFlatIP(width))
-    if settings.kind == "hnsw":
-        graph = faiss.IndexHNSWFlat(width, settings.hnsw_neighbours, metric)
-        graph.hnsw.efConstruction = settings.hnsw_build_effort
-        return faiss.IndexIDMap2(graph)
-    if settings.kind == "ivf":
-        most = max(1, len(vectors) // _POINTS_PER_LIST)
-        lists = settings.ivf_lists or min(most, round(4 * len(vectors) ** 0.5))
-        if lists > len(vectors):
-            raise UserError(f"ivf_lists = {lists} with {len(vectors)} vectors; give at most one list per vector, or 0.")
-        index = faiss.index_factory(width, f"IVF{lists},Flat", metric)
-        index.train(vectors)
-        index.set_direct_map_type(faiss.DirectMap.Hashtable)
-        return index
-    raise UserError(f"No index is of kind {settings.kind!r}; choose one of {', '.join(KINDS)}.")

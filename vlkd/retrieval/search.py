@@ -96,26 +96,26 @@ def topk(queries: Vectors, gallery: Vectors, k: int, *, chunk: int = 4 * TILE_CO
         UserError: bad embeddings (`check_embeddings`), or k outside 1 to G.
     """
     asked = normalize(check_embeddings(queries, "queries"))
-    items = normalize(check_embeddings(gallery, "gallery", asked.shape[1]))
+    items = check_embeddings(gallery, "gallery", asked.shape[1])
     if not 1 <= k <= len(items):
         raise UserError(f"k = {k} neighbours asked from a gallery of {len(items)}; k goes from 1 to {len(items)}.")
-    grid = Grid(asked, items)
-    down, across = grid.shape
-    step = max(1, -(-chunk // TILE_COLUMNS))
-    scores, ids = [], []
-    for i in range(down):
-        best = torch.empty(TILE_ROWS, 0), torch.empty(TILE_ROWS, 0, dtype=torch.int64)
-        for first in range(0, across, step):
-            stripe = torch.cat([grid.tile(i, j).clone() for j in range(first, min(first + step, across))], 1)
-            value, place = _best_of(stripe[:, : len(items) - first * TILE_COLUMNS], k)
-            joined = torch.cat([best[0], value], 1)
-            # Earlier chunks hold smaller ids, so a stable sort keeps equal scores in the order of their ids.
+    step = max(1, -(-chunk // TILE_COLUMNS)) * TILE_COLUMNS
+    down = -(-len(asked) // TILE_ROWS)
+    best = [(torch.empty(TILE_ROWS, 0), torch.empty(TILE_ROWS, 0, dtype=torch.int64))] * down
+    for first in range(0, len(items), step):
+        # Normalised part by part: a copy of the whole gallery would double its memory.
+        part = normalize(items[first : first + step])
+        grid = Grid(asked, part)
+        for i in range(down):
+            stripe = torch.cat([grid.tile(i, j).clone() for j in range(grid.shape[1])], 1)
+            value, place = _best_of(stripe[:, : len(part)], k)
+            joined = torch.cat([best[i][0], value], 1)
+            # Earlier parts hold smaller ids, so a stable sort keeps equal scores in the order of their ids.
             value, order = joined.sort(dim=1, descending=True, stable=True)
-            known = torch.cat([best[1], place + first * TILE_COLUMNS], 1)
-            best = value[:, :k], known.gather(1, order[:, :k])
-        scores.append(best[0])
-        ids.append(best[1])
-    return torch.cat(scores)[: len(asked)], torch.cat(ids)[: len(asked)]
+            known = torch.cat([best[i][1], place + first], 1)
+            best[i] = value[:, :k], known.gather(1, order[:, :k])
+    scores, ids = (torch.cat(side)[: len(asked)] for side in zip(*best, strict=True))
+    return scores, ids
 
 
 def _best_of(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -144,7 +144,7 @@ def positive_ranks(queries: Vectors, gallery: Vectors, positives: Sequence[Seque
         UserError: bad embeddings, a query without a positive, an id that is not in the gallery or is given twice.
     """
     asked = normalize(check_embeddings(queries, "queries"))
-    items = normalize(check_embeddings(gallery, "gallery", asked.shape[1]))
+    items = check_embeddings(gallery, "gallery", asked.shape[1])
     if len(positives) != len(asked):
         raise UserError(f"{len(asked)} queries but positives for {len(positives)}; give one list of ids per query.")
     query = np.repeat(np.arange(len(asked)), [len(ids) for ids in positives])
@@ -156,7 +156,7 @@ def positive_ranks(queries: Vectors, gallery: Vectors, positives: Sequence[Seque
     if len(np.unique(query * len(items) + item)) < len(item):
         raise UserError("A positive is given twice for one query; give each id once.")
     PositiveRanks.of(np.zeros_like(query), query, len(asked))
-    ranks, _ = count_ranks(asked, items, torch.from_numpy(query), torch.from_numpy(item))
+    ranks, _ = count_ranks(asked, items, torch.from_numpy(query), torch.from_numpy(item), normalize)
     return PositiveRanks.of(ranks.numpy(), query, len(asked))
 
 
@@ -185,7 +185,7 @@ def retrieval_ranks(image_embed: Vectors, text_embed: Vectors, image_of_text: In
         UserError: bad embeddings, different widths, an image without a caption, or an index that is no image.
     """
     images = normalize(check_embeddings(image_embed, "image embeddings"))
-    texts = normalize(check_embeddings(text_embed, "text embeddings", images.shape[1]))
+    texts = check_embeddings(text_embed, "text embeddings", images.shape[1])
     owner = torch.as_tensor(image_of_text, dtype=torch.int64).numpy()
     if owner.shape != (len(texts),):
         raise UserError(f"{len(texts)} captions but {owner.shape} image indices; give one image index per caption.")
@@ -199,7 +199,7 @@ def retrieval_ranks(image_embed: Vectors, text_embed: Vectors, image_of_text: In
             f"Image {missing[0]} has no caption ({len(missing)} such images); retrieval needs a positive for each."
         )
     text = torch.arange(len(texts))
-    of_text, of_image = count_ranks(images, texts, torch.from_numpy(owner), text)
+    of_text, of_image = count_ranks(images, texts, torch.from_numpy(owner), text, normalize)
     return RetrievalRanks(
         image_to_text=PositiveRanks.of(of_text.numpy(), owner, len(images)),
         text_to_image=PositiveRanks.of(of_image.numpy(), text.numpy(), len(texts)),

@@ -6,6 +6,7 @@ pair of vectors has one score, bit for bit. Beyond the last vector a tile holds 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,12 +20,18 @@ Both are multiples of the register blocks of the usual kernels, so that equal ve
 
 
 class Grid:
-    """Scores of `rows` (Q, D) against `columns` (G, D), float32, one tile at a time into one buffer."""
+    """Scores of `rows` (Q, D) against `columns` (G, D), float32, one tile at a time into one buffer.
 
-    def __init__(self, rows: Tensor, columns: Tensor) -> None:
+    With `prepare` the columns enter the product as `prepare(block)`, made when a tile needs another block than the last
+    one, so that a changed copy of all columns is never held. Zero vectors that pad a block may become anything.
+    """
+
+    def __init__(self, rows: Tensor, columns: Tensor, prepare: Callable[[Tensor], Tensor] | None = None) -> None:
         self.height, self.width = len(rows), len(columns)
         self._rows, self._columns = _blocks(rows, TILE_ROWS), _blocks(columns, TILE_COLUMNS)
         self._buffer = torch.empty(TILE_ROWS, TILE_COLUMNS)
+        self._prepare = prepare
+        self._prepared = (-1, self._buffer)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -33,10 +40,17 @@ class Grid:
 
     def tile(self, row: int, column: int) -> Tensor:
         """(TILE_ROWS, TILE_COLUMNS) scores, valid until the next call."""
-        torch.mm(self._rows[row], self._columns[column].T, out=self._buffer)
+        torch.mm(self._rows[row], self._column(column).T, out=self._buffer)
         self._buffer[self.height - row * TILE_ROWS :] = -torch.inf
         self._buffer[:, self.width - column * TILE_COLUMNS :] = -torch.inf
         return self._buffer
+
+    def _column(self, column: int) -> Tensor:
+        if self._prepare is None:
+            return self._columns[column]
+        if self._prepared[0] != column:
+            self._prepared = column, self._prepare(self._columns[column])
+        return self._prepared[1]
 
 
 def _blocks(vectors: Tensor, size: int) -> list[Tensor]:
@@ -120,17 +134,19 @@ def _count_true(mask: Tensor, dim: int) -> Tensor:
 def _pair_scores(grid: Grid, row: Tensor, column: Tensor) -> Tensor:
     """(P,) the scores of single pairs, from the tiles that hold them."""
     scores = torch.empty(len(row))
-    across = grid.shape[1]
-    home = (row // TILE_ROWS) * across + column // TILE_COLUMNS
+    down = grid.shape[0]
+    home = (column // TILE_COLUMNS) * down + row // TILE_ROWS
     order = torch.argsort(home, stable=True)
     tiles, counts = torch.unique_consecutive(home[order], return_counts=True)
     for number, pairs in zip(tiles.tolist(), torch.split(order, counts.tolist()), strict=True):
-        tile = grid.tile(number // across, number % across)
+        tile = grid.tile(number % down, number // down)
         scores[pairs] = tile[row[pairs] % TILE_ROWS, column[pairs] % TILE_COLUMNS]
     return scores
 
 
-def count_ranks(rows: Tensor, columns: Tensor, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+def count_ranks(
+    rows: Tensor, columns: Tensor, row: Tensor, column: Tensor, prepare: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """Exact ranks of pairs in both directions, by counting, in one pass over the product.
 
     The rank of an item for a query is the number of items with a higher score, or with an equal score and a smaller
@@ -142,19 +158,20 @@ def count_ranks(rows: Tensor, columns: Tensor, row: Tensor, column: Tensor) -> t
         columns: (G, D) float32.
         row: (P,) int64, the row of each pair.
         column: (P,) int64, the column of each pair.
+        prepare: what is done to a block of columns before the product, as for `Grid`.
 
     Returns:
         (P,) int64 rank of the pair's column among all columns for its row, and of its row among all rows for its
         column.
     """
-    grid = Grid(rows, columns)
+    grid = Grid(rows, columns, prepare)
     score = _pair_scores(grid, row, column)
     down, across = grid.shape
     row_lines = _lines(row, column, score, down, TILE_ROWS)
     column_lines = _lines(column, row, score, across, TILE_COLUMNS)
     mask = torch.empty(TILE_ROWS, TILE_COLUMNS, dtype=torch.bool)
-    for i in range(down):
-        for j in range(across):
+    for j in range(across):
+        for i in range(down):
             tile = grid.tile(i, j)
             _count(row_lines[i], tile, mask, j * TILE_COLUMNS, 1)
             _count(column_lines[j], tile, mask, i * TILE_ROWS, 0)
