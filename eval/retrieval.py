@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,11 +43,14 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--text-model", metavar="REF", help="another model that encodes the captions, of equal width")
     parser.add_argument("--data", required=True, metavar="PATH[#SPLIT]", help="shards, captions JSONL, Karpathy JSON")
     parser.add_argument("--out", type=Path, metavar="FILE", help="append one JSON line per model")
+    parser.add_argument("--folds", type=int, default=0, metavar="N", help="also means over N galleries; COCO 1K is 5")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--json", action="store_true", help="end with one line of strict JSON")
     args = parser.parse_args(argv)
     if args.batch_size < 1:
         parser.error(f"--batch-size is {args.batch_size}; expected 1 or more")
+    if args.folds < 0 or args.folds == 1:
+        parser.error(f"--folds is {args.folds}; expected 2 or more, or 0 for none")
 
     from vlkd.data.sources import open_pairs
 
@@ -94,25 +96,25 @@ def measure(ref: str, text_ref: str | None, pairs: Any, batch_size: int) -> tupl
 
 
 def describe(ref: str, args: argparse.Namespace, result: RetrievalResult, encoded: EncodedPairs) -> dict[str, Any]:
-    """What was measured on what, with the figures; there is no seed, the protocol draws nothing."""
+    """What was measured on what, with the figures; there is no seed, the protocol draws nothing.
+
+    `metrics` holds all of them under the names of CLIP_benchmark, open_clip and DataComp as well.
+    """
+    from vlkd.protocols.retrieval import retrieval
+    from vlkd.suite.results import versions
+
+    measured = retrieval(
+        encoded.image_embed, encoded.text_embed, encoded.image_of_text, encoded.captions, folds=args.folds
+    )  # fmt: skip
     return {
-        "task": "retrieval", "model": ref, "text_model": args.text_model or ref, "data": args.data,
+        "task": measured.task, "dataset": args.data, "pretrained": "", "language": "en",
+        "metrics": dict(measured.metrics), "counts": dict(measured.counts), "random_score": measured.random_score,
+        "model": ref, "text_model": args.text_model or ref, "data": args.data,
         **result.as_row(),
         "unreadable_images": len(encoded.bad), "unreadable_keys": [key for key, _ in encoded.bad[:16]],
         "width": encoded.image_embed.shape[1], "similarity": "cosine", "ties": "smaller id first",
         "dtype": "float32", "seed": None, "versions": versions(),
     }  # fmt: skip
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages on which the figures depend."""
-    found = {}
-    for name in ("vlkd", "torch", "numpy", "pillow", "timm", "open_clip_torch", "transformers"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 def mean_hit_bootstrap(result: RetrievalResult) -> NDArray[Any]:

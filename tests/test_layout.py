@@ -34,7 +34,9 @@ LAW: dict[str, set[str]] = {
     "data": {"features", "errors"},
     "metrics": {"features", "errors"},
     "retrieval": {"metrics", "features", "errors"},
+    "protocols": {"retrieval", "metrics", "features", "errors"},
     "report": {"features", "errors"},
+    "suite": {"protocols", "models", "data", "retrieval", "metrics", "report", "features", "errors", "recipes"},
     "distill": {"objectives", "weighting", "models", "data", "features", "errors"},
     "engine": {
         "__init__", "distill", "objectives", "weighting", "models", "data", "features", "errors",
@@ -98,6 +100,8 @@ def test_the_law_has_one_direction():
     assert [room for room in order if room in chain] == chain
     for room in ("retrieval", "metrics", "report"):
         assert not LAW[room] & {"cli", "engine", "distill", "objectives", "weighting", "models", "data"}
+    for room in ("protocols", "suite"):
+        assert not LAW[room] & {"cli", "engine", "distill", "objectives", "weighting"}
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=shown)

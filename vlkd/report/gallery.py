@@ -96,7 +96,29 @@ class SearchQuery:
     image: Image | None = None
 
 
-GalleryItem = TextQuery | ImageQuery | SearchQuery
+@dataclass(frozen=True, kw_only=True)
+class ExhibitLine:
+    """A line beside a picture: who says what, `right` or wrong, or neither."""
+
+    who: str
+    text: str
+    right: bool | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exhibit:
+    """One picture, or several side by side, each with its name, and lines of text about them.
+
+    `verdict` is a word or two in the corner, good or bad news, or neither.
+    """
+
+    images: Sequence[tuple[Image, str]]
+    lines: Sequence[ExhibitLine] = ()
+    verdict: str = ""
+    good: bool | None = None
+
+
+GalleryItem = TextQuery | ImageQuery | SearchQuery | Exhibit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +138,8 @@ def gallery_markup(items: Sequence[GalleryItem]) -> Markup:
 def _card(item: GalleryItem) -> Markup:
     if isinstance(item, SearchQuery):
         return _search_query(item)
+    if isinstance(item, Exhibit):
+        return _exhibit(item)
     return _text_query(item) if isinstance(item, TextQuery) else _image_query(item)
 
 
@@ -167,6 +191,26 @@ def _image_query(query: ImageQuery) -> Markup:
         f"<div>{_chip(query.rank, query.gallery_size)}"
         f'<ol class="captions">{join(lines)}</ol></div></article>'
     )
+
+
+def _exhibit(item: Exhibit) -> Markup:
+    state = "near" if item.good is None else "hit" if item.good else "miss"
+    chip = f'<span class="chip {state}">{escape(item.verdict)}</span>' if item.verdict else ""
+    lines = [
+        Markup(
+            f'<li class="{"right" if line.right else "wrong"}"><b>{_mark(bool(line.right))}{escape(line.who)}</b>'
+            f'<span class="caption" dir="auto">{escape(line.text)}</span></li>'
+        )
+        for line in item.lines
+    ]
+    figures = [
+        f"<figure>{_picture(image, label)}<figcaption>{escape(label)}</figcaption></figure>"
+        for image, label in item.images
+    ]
+    words = f'<ol class="captions">{join(lines)}</ol>' if lines else ""
+    if len(figures) == 1:
+        return Markup(f'<article class="query image">{figures[0]}<div>{chip}{words}</div></article>')
+    return Markup(f'<article class="query">{chip}<div class="pair">{"".join(figures)}</div>{words}</article>')
 
 
 def _tile(found: RankedImage, place: str, *, missed: bool = False) -> Markup:

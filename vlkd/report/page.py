@@ -54,19 +54,21 @@ class Report:
         self._add(table_markup(table))
 
     def plot(self, *plots: Markup) -> None:
-        """Plots made by `line_plot` or `bar_plot`, side by side where there is room."""
+        """Plots made by `line_plot` and its like, side by side where there is room."""
         self._add(f'<div class="plots">{join(list(plots))}</div>')
 
     def gallery(self, items: Sequence[GalleryItem]) -> None:
-        """Queries and what they found."""
+        """Queries and what they found, or pictures and what is said about them."""
         self._add(gallery_markup(items))
 
     def details(self, summary: str, settings: Mapping[str, str]) -> None:
         """Names and values, folded away under a line that opens them."""
-        rows = tuple(settings.items())
-        self._add(
-            f"<details><summary>{escape(summary)}</summary>{table_markup(Table(('name', 'value'), rows))}</details>"
-        )
+        table = table_markup(Table(("name", "value"), tuple(settings.items())))
+        self._add(f'<details class="names"><summary>{escape(summary)}</summary>{table}</details>')
+
+    def folded(self, summary: str, table: Table) -> None:
+        """A table, folded away under a line that opens it."""
+        self._add(f"<details><summary>{escape(summary)}</summary>{table_markup(table)}</details>")
 
     def html(self) -> str:
         """The whole page; the same content always gives the same text."""

@@ -52,6 +52,7 @@ thead th {
 }
 tbody th { font-weight: 500; min-width: 9em; }
 th + th:not([scope=row]), td.number { text-align: right; }
+thead th.words { text-align: left; }
 td small { display: block; white-space: nowrap; line-height: 1.3; }
 td.best { color: var(--right); font-weight: 700; }
 tr.aside th, tr.aside td { color: var(--soft); }
@@ -88,6 +89,8 @@ ol.tiles, ol.captions { list-style: none; margin: 12px 0 0; padding: 0; }
 .query figure { margin: 0; }
 .query figure img { display: block; width: 100%; border-radius: 6px; outline: 1px solid var(--line);
   outline-offset: -1px; }
+.pair { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 12px; margin-top: 10px; }
+.pair img { aspect-ratio: 4 / 3; object-fit: contain; background: var(--paper); }
 figcaption { font-size: 12px; color: var(--soft); overflow-wrap: anywhere; margin-top: 4px; }
 ol.captions { display: grid; grid-template-columns: max-content minmax(0, 1fr) auto; column-gap: 10px; }
 .captions li {
@@ -105,7 +108,7 @@ details summary { cursor: pointer; color: var(--accent); font-size: 15px; }
 details .table { margin-top: 14px; }
 details table { font-size: 14px; }
 details th, details td { padding-top: 5px; padding-bottom: 5px; overflow-wrap: anywhere; }
-details tbody th { font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
+details.names tbody th { font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 
 @media (max-width: 600px) {
   main { padding: 28px 16px 56px; }

@@ -11,13 +11,15 @@ from vlkd.report.markup import Markup, escape, join
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A figure with the interval around it, in the unit of its column."""
+    """A figure with the interval around it where that is known, in the unit of its column."""
 
     value: float
-    low: float
-    high: float
+    low: float | None = None
+    high: float | None = None
     digits: int = 1
 
+
+_WORDS = ' class="words"'
 
 Value = str | int | float | Estimate | None
 """A cell: text, a count, a number (four significant digits), a figure with its interval, or nothing (a dash)."""
@@ -38,6 +40,7 @@ class Table:
 
     `best` says by header which columns have a best value and whether it is the highest or the lowest; it is set in
     bold, equal values together. Rows in `aside` (by index; a teacher, say) are shown muted and take no part in that.
+    `strong` names further cells in bold, by (row, column): the best of a row.
 
     Raises:
         ValueError: A row has not one cell per header, or `best` or `aside` name what is not there.
@@ -48,6 +51,7 @@ class Table:
     caption: str = ""
     best: Mapping[str, Literal["highest", "lowest"]] = field(default_factory=dict)
     aside: Collection[int] = ()
+    strong: Collection[tuple[int, int]] = ()
 
     def __post_init__(self) -> None:
         for number, row in enumerate(self.rows):
@@ -75,10 +79,19 @@ class Table:
 def table_markup(table: Table) -> Markup:
     """The table, in a box that scrolls sideways on narrow screens."""
     best = [table.best_rows(column) for column in range(len(table.headers))]
-    head = "".join(f'<th scope="col">{escape(header)}</th>' for header in table.headers)
+    columns = [[row[column] for row in table.rows] for column in range(len(table.headers))]
+    # A word in a column of numbers stands with the numbers; a column of words has its header above them.
+    wordy = [any(isinstance(value, str) for value in own) and not any(map(_is_figure, own)) for own in columns]
+    head = "".join(
+        f'<th scope="col"{_WORDS if words else ""}>{escape(header)}</th>'
+        for header, words in zip(table.headers, wordy, strict=True)
+    )
     body = []
     for index, row in enumerate(table.rows):
-        cells = [_cell(value, column == 0, index in best[column]) for column, value in enumerate(row)]
+        cells = [
+            _cell(value, column == 0, wordy[column], index in best[column] or (index, column) in table.strong)
+            for column, value in enumerate(row)
+        ]
         muted = ' class="aside"' if index in table.aside else ""
         body.append(Markup(f"<tr{muted}>{''.join(cells)}</tr>"))
     caption = f"<figcaption>{escape(table.caption)}</figcaption>" if table.caption else ""
@@ -99,11 +112,15 @@ def figures_markup(figures: Sequence[Figure]) -> Markup:
     return Markup(f'<dl class="figures">{"".join(cards)}</dl>')
 
 
-def _cell(value: Value, first: bool, best: bool) -> str:
+def _is_figure(value: Value) -> bool:
+    return value is not None and not isinstance(value, str)
+
+
+def _cell(value: Value, first: bool, wordy: bool, best: bool) -> str:
     words = _words(value)
     if first:
         return f'<th scope="row">{words}</th>'
-    names = [name for name, on in (("best", best), ("number", not isinstance(value, str))) if on]
+    names = [name for name, on in (("best", best), ("number", not wordy)) if on]
     chosen = f' class="{" ".join(names)}"' if names else ""
     return f"<td{chosen}>{words}</td>"
 
@@ -112,8 +129,10 @@ def _words(value: Value) -> str:
     if value is None:
         return "–"
     if isinstance(value, Estimate):
-        low, middle, high = (f"{number:.{value.digits}f}" for number in (value.low, value.value, value.high))
-        return f"{middle}<small>{low} to {high}</small>"
+        middle = f"{value.value:.{value.digits}f}"
+        if value.low is None or value.high is None:
+            return middle
+        return f"{middle}<small>{value.low:.{value.digits}f} to {value.high:.{value.digits}f}</small>"
     if isinstance(value, float):
         return f"{value:.4g}"
     return escape(f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value))
