@@ -73,7 +73,7 @@ def run(suite: Any, args: argparse.Namespace) -> None:
     from vlkd.suite.results import read_results
     from vlkd.suite.run import EMBEDDINGS, Job, run_suite
     from vlkd.suite.subject import Encoding
-    from vlkd.suite.table import Aggregate, pivot
+    from vlkd.suite.table import pivot
     from vlkd.suite.table_markdown import markdown
 
     out = args.out or Path("runs") / "eval" / suite.name
@@ -91,8 +91,7 @@ def run(suite: Any, args: argparse.Namespace) -> None:
     )  # fmt: skip
     summary = run_suite(job)
     rows = read_results(out)
-    means = [Aggregate(name=one.name, datasets=one.names, expected=one.count) for one in suite.aggregates]
-    print(markdown(pivot(rows), means, args.teacher or None))
+    print(markdown(pivot(rows), suite.aggregates, args.teacher or None))
     print(
         f"{summary.made} results made, {summary.kept} kept, {summary.failed} failed; {out / 'results.jsonl'}. "
         f"For a page with plots: vlkd eval table {out} --html {out / 'report.html'}"

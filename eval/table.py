@@ -40,14 +40,13 @@ def main(argv: Sequence[str]) -> None:
 
     from vlkd.suite.declaration import load_suite
     from vlkd.suite.results import read_results
-    from vlkd.suite.table import Aggregate, find_model, join_results, pivot, wide_rows
+    from vlkd.suite.table import find_model, join_results, pivot, wide_rows
     from vlkd.suite.table_markdown import aggregate_cells, markdown
     from vlkd.suite.table_page import page
 
     rows = join_results([read_results(path) for path in args.results])
     table = pivot(rows)
-    declared = load_suite(args.suite).aggregates if args.suite else ()
-    aggregates = [Aggregate(name=one.name, datasets=one.names, expected=one.count) for one in declared]
+    aggregates = load_suite(args.suite).aggregates if args.suite else ()
     teacher = find_model(table.models, args.teacher) if args.teacher else None
     text = markdown(table, aggregates, teacher)
     print(text)

@@ -4,9 +4,9 @@ import pytest
 from helpers.result_rows import error_row, result_row, speed_row
 
 from vlkd.errors import UserError
+from vlkd.suite.declaration import Aggregate
 from vlkd.suite.metric_words import metric_words
 from vlkd.suite.table import (
-    Aggregate,
     aggregate_score,
     find_model,
     join_results,
@@ -97,18 +97,16 @@ def test_an_aggregate_is_the_mean_of_exactly_its_data_sets():
     scores = {f"d{n}": (0.3 if n < 38 else 0.9) + n / 1000 for n in range(48)}
     lines = pivot([result_row("m", name, score) for name, score in scores.items()]).lines
     names = tuple(f"d{n}" for n in range(38))
-    found = aggregate_score(lines, Aggregate(name="datacomp38", datasets=names, expected=38), "m")
+    found = aggregate_score(lines, Aggregate(name="datacomp38", names=names), "m")
     assert found == pytest.approx(0.3 + sum(range(38)) / 38 / 1000)
-    assert aggregate_score(lines[1:], Aggregate(name="x", datasets=names, expected=38), "m") == "37 of 38 data sets"
-    short = Aggregate(name="x", datasets=names[:37], expected=38)
-    assert aggregate_score(lines, short, "m") == "37 of 38 data sets"
+    assert aggregate_score(lines[1:], Aggregate(name="x", names=names), "m") == "37 of 38 data sets"
 
 
 def test_probes_do_not_mix_into_an_aggregate():
     rows = [result_row("m", "pets", 0.5), result_row("m", "pets", 0.9, protocol="linear_probe")]
     rows += [result_row("m", "pets", 0.7, protocol="agreement"), error_row("m", "cars", "gone")]
-    one = Aggregate(name="own", datasets=("pets",), expected=1)
-    two = Aggregate(name="both", datasets=("pets", "cars"), expected=2)
+    one = Aggregate(name="own", names=("pets",))
+    two = Aggregate(name="both", names=("pets", "cars"))
     assert aggregate_score(pivot(rows).lines, one, "m") == pytest.approx(0.5)
     assert aggregate_score(pivot(rows).lines, one, "m", "linear_probe") == pytest.approx(0.9)
     text = markdown(pivot(rows), [one, two])
@@ -182,7 +180,7 @@ def test_page_has_plots_classes_and_errors():
         speed_row(STUDENT, 10**6, 10.0),
         error_row(STUDENT, "x<b>", "it <broke>"),
     ]
-    own = Aggregate(name="own", datasets=("pets",), expected=1)
+    own = Aggregate(name="own", names=("pets",))
     html = page(pivot(rows), [own], TEACHER).html()
     for part in ("Overview", "<rect", "<circle", "<details>", "it &lt;broke&gt;", "75.0", "milliseconds", "x&lt;b&gt;"):
         assert part in html

@@ -78,7 +78,8 @@ def selection(subject: Subject) -> Measured:
         )
         for choice in kept
     ]
-    return measure_selection(subject.images.embed, subject.texts(list(texts)), rows)
+    main_metric = subject.data.entry.main_metric or "acc"
+    return measure_selection(subject.images.embed, subject.texts(list(texts)), rows, main_metric=main_metric)
 
 
 def linear_probe(subject: Subject) -> Measured:

@@ -12,6 +12,7 @@ from typing import Any
 
 from vlkd.errors import UserError
 from vlkd.metrics import aggregate as mean_over
+from vlkd.suite.declaration import Aggregate
 from vlkd.suite.metric_words import MetricWords, metric_words
 
 Row = Mapping[str, Any]
@@ -21,21 +22,6 @@ UNOPENED = "data"
 """In the error row of a data set that could not be opened, where the protocol stands otherwise."""
 PROBES = ("linear_probe", "knn")
 """Protocols that train on the data set; a data set has at most one other protocol that counts in an aggregate."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Aggregate:
-    """A named mean over data sets, which exists only if all of them were measured.
-
-    Attributes:
-        name: for example `datacomp38`.
-        datasets: names of the data sets that belong to it.
-        expected: how many it is defined over.
-    """
-
-    name: str
-    datasets: tuple[str, ...]
-    expected: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,13 +210,13 @@ def aggregate_score(lines: Sequence[Line], aggregate: Aggregate, model: str, pro
     for line in lines:
         fits = line.protocol == probe if probe else line.protocol not in (SPEED, AGREEMENT, *PROBES)
         score = line.score(model)
-        if fits and line.dataset in aggregate.datasets and score is not None:
+        if fits and line.dataset in aggregate.names and score is not None:
             if line.dataset in scores:
                 return f"{line.dataset} has two scores"
             scores[line.dataset] = score
-    names = tuple(dict.fromkeys(aggregate.datasets))
-    if len(names) != aggregate.expected or set(scores) != set(names):
-        return f"{len(scores)} of {aggregate.expected} data sets"
+    names = tuple(dict.fromkeys(aggregate.names))
+    if set(scores) != set(names):
+        return f"{len(scores)} of {aggregate.count} data sets"
     return mean_over(scores, names, what=aggregate.name)
 
 

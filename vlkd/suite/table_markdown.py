@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vlkd.suite.table import PROBES, Aggregate, Line, Pivot, aggregate_score, retention, spaced
+from vlkd.suite.declaration import Aggregate
+from vlkd.suite.table import PROBES, Line, Pivot, aggregate_score, retention, spaced
 
 
 def markdown(table: Pivot, aggregates: Sequence[Aggregate] = (), teacher: str | None = None) -> str:

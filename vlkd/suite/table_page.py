@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from vlkd.report import Bar, Dot, Estimate, Report, Table, grouped_bar_plot, scatter_plot
+from vlkd.suite.declaration import Aggregate
 from vlkd.suite.metric_words import metric_words
-from vlkd.suite.table import AGREEMENT, SPEED, UNOPENED, Aggregate, Line, Pivot, retention, spaced
+from vlkd.suite.table import AGREEMENT, SPEED, UNOPENED, Line, Pivot, retention, spaced
 from vlkd.suite.table_markdown import aggregate_cells
 
 LATENCY = "latency_ms_p50_1_thread"
