@@ -70,6 +70,7 @@ def list_data(suite: Any, args: argparse.Namespace) -> None:
 
 def run(suite: Any, args: argparse.Namespace) -> None:
     """Measure, then print the table of all results in the folder."""
+    from vlkd.errors import UserError
     from vlkd.suite.results import read_results
     from vlkd.suite.run import EMBEDDINGS, Job, run_suite
     from vlkd.suite.subject import Encoding
@@ -99,3 +100,5 @@ def run(suite: Any, args: argparse.Namespace) -> None:
     if args.json:
         figures = {"made": summary.made, "kept": summary.kept, "failed": summary.failed, "out": str(out)}
         print(json.dumps({"command": "eval suite", **figures, "results": rows}, allow_nan=False))
+    if summary.failed:
+        raise UserError(f"{summary.failed} results failed; their rows in {out / 'results.jsonl'} say why.")

@@ -24,7 +24,9 @@ def model_fingerprint(model: DualEncoderModule, *, towers: bool = False) -> str:
     transform = model.preprocessing
     state = hashlib.sha256(repr((transform.image_size, transform.context_length)).encode())
     layout = getattr(model, "layout", None)
-    state.update(repr(without_projections(layout) if layout and towers else layout).encode())
+    # A library's model says by its modules what equal weights do not: GELU or QuickGELU, heads, pooling.
+    built = repr(model) if layout is None else without_projections(layout) if towers else layout
+    state.update(repr(built).encode())
     tensors = [
         part(image) for image in probe_images() for part in (transform.image_transform, transform.view_transform)
     ]

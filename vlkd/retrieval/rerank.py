@@ -81,7 +81,12 @@ def recall_by_calls(
         )
     if any(not 1 <= n <= size for n in calls) or any(k < 1 for k in ks):
         raise UserError(f"Shortlists {tuple(calls)} and cut-offs {tuple(ks)}: 1 or more, shortlists at most {size}.")
-    deepest = min(size, max(*calls, *ks))
+    if not calls or not ks or not all(own and min(own) >= 0 and max(own) < size for own in positives):
+        raise UserError(
+            f"Shortlists {tuple(calls)}, cut-offs {tuple(ks)}: one or more of both, and one or more positives per query "
+            f"among the items 0 to {size - 1}."
+        )
+    deepest = min(size, max([*calls, *ks]))
     short = topk(*student, deepest)[1].numpy()
     wanted = topk(*teacher, min(size, max(ks)))[1].numpy()
     queries, gallery = (normalize(check_embeddings(side, "teacher embeddings")) for side in teacher)

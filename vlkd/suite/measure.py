@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from vlkd.data.eval_set import Choice
 from vlkd.errors import UserError
 from vlkd.protocols.knn import knn as measure_knn
 from vlkd.protocols.linear_probe import linear_probe as measure_linear_probe
@@ -35,13 +36,19 @@ def zero_shot(subject: Subject) -> Measured:
 
 def multilabel(subject: Subject) -> Measured:
     """Several classes per image, by prompts."""
-    return measure_multilabel(
+    measured = measure_multilabel(
         subject.images.embed,
         subject.class_vectors,
         subject.labels,
         classes=subject.data.test.classes,
         seed=subject.encoding.seed,
     )
+    declared = subject.data.entry.main_metric
+    if declared not in ("", measured.main_metric):
+        raise UserError(
+            f"The main metric {declared!r} is not measured here; the suite may declare {measured.main_metric}."
+        )
+    return measured
 
 
 def retrieval(subject: Subject) -> Measured:
@@ -63,9 +70,7 @@ def retrieval(subject: Subject) -> Measured:
 def selection(subject: Subject) -> Measured:
     """Which caption belongs to which image; items with an unreadable image are left out."""
     position = {row: place for place, row in enumerate(subject.images.index.tolist())}
-    kept = [choice for choice in subject.data.test.choices if all(row in position for row in choice.images)]
-    if not kept:
-        raise UserError(f"No item of {subject.data.entry.name} has all its images; check the pictures.")
+    kept = kept_choices(subject)
     texts: dict[str, int] = {}
     for choice in kept:
         for caption in choice.captions:
@@ -82,6 +87,15 @@ def selection(subject: Subject) -> Measured:
     return measure_selection(subject.images.embed, subject.texts(list(texts)), rows, main_metric=main_metric)
 
 
+def kept_choices(subject: Subject) -> list[Choice]:
+    """The items whose images can all be read; raises `UserError` for none."""
+    there = set(subject.images.index.tolist())
+    kept = [choice for choice in subject.data.test.choices if there.issuperset(choice.images)]
+    if not kept:
+        raise UserError(f"No item of {subject.data.entry.name} has all its images; check the pictures.")
+    return kept
+
+
 def linear_probe(subject: Subject) -> Measured:
     """Logistic regression on frozen features."""
     return measure_linear_probe(
@@ -91,7 +105,14 @@ def linear_probe(subject: Subject) -> Measured:
         subject.labels,
         classes=subject.data.test.classes,
         seed=subject.encoding.seed,
+        main_metric=_probe_metric(subject),
     )
+
+
+def _probe_metric(subject: Subject) -> str:
+    """The declared one where probes have it; those of prompts and groups fall back to the accuracy."""
+    declared = subject.data.entry.main_metric
+    return declared if declared in PROBE_METRICS else PROBE_METRICS[0]
 
 
 def knn(subject: Subject) -> Measured:
@@ -102,6 +123,7 @@ def knn(subject: Subject) -> Measured:
         subject.images.embed,
         subject.labels,
         classes=subject.data.test.classes,
+        main_metric=_probe_metric(subject),
     )
 
 
@@ -122,5 +144,6 @@ TASKS: Mapping[str, str] = {
     "knn": "knn",
 }
 """CLIP_benchmark's names, for the rows of protocols that failed."""
+PROBE_METRICS = ("acc1", "mean_per_class_recall")
 IMAGE_ONLY = ("linear_probe", "knn")
 """What a tower without texts can do."""

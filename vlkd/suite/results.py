@@ -143,9 +143,15 @@ def write_items(folder: Path, row: Mapping[str, Any], per_item: Mapping[str, NDA
     tensors = {key: np.ascontiguousarray(value) for key, value in per_item.items()}
     place = folder / ITEMS
     place.mkdir(parents=True, exist_ok=True)
-    about = {"keys": json.dumps(list(keys)), "data_hash": str(row["data_hash"]), "fingerprint": str(row["fingerprint"])}
+    about = {"keys": json.dumps(list(keys)), **_of_run(row)}
     write_whole(place / f"{name}.safetensors", save(tensors, metadata=about))
     return f"{ITEMS}/{name}.safetensors"
+
+
+def _of_run(row: Mapping[str, Any]) -> dict[str, str]:
+    """What a row and its items must have in common."""
+    names = ("data_hash", "fingerprint", "precision", "settings", "score")
+    return {name: json.dumps(row.get(name), sort_keys=True) for name in names}
 
 
 def read_items(folder: Path, row: Mapping[str, Any]) -> tuple[dict[str, NDArray[Any]], list[str]]:
@@ -166,6 +172,7 @@ def read_items(folder: Path, row: Mapping[str, Any]) -> tuple[dict[str, NDArray[
             keys = json.loads(about["keys"])
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise UserError(f"{file} cannot be read ({error}); {again}.") from None
-    if (about.get("data_hash"), about.get("fingerprint")) != (row.get("data_hash"), row.get("fingerprint")):
+    wanted = _of_run(row)
+    if {name: about.get(name) for name in wanted} != wanted:
         raise UserError(f"{file} belongs to another version of the model or of the data than its result; {again}.")
     return tensors, [str(key) for key in keys]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import sys
 import time
@@ -21,7 +22,7 @@ from vlkd.models.load import load_image_encoder
 from vlkd.protocols.agreement import Scores, agreement
 from vlkd.protocols.measured import Measured
 from vlkd.suite.declaration import DataEntry, Suite
-from vlkd.suite.measure import IMAGE_ONLY, MEASURES, TASKS
+from vlkd.suite.measure import IMAGE_ONLY, MEASURES, TASKS, kept_choices
 from vlkd.suite.presence import Present, presence
 from vlkd.suite.results import (
     Row,
@@ -91,7 +92,8 @@ def run_suite(job: Job, *, progress: bool = True) -> Summary:
     Raises:
         UserError: a model cannot be loaded, or results cannot be written.
     """
-    opened = [_open(present, job) for present in presence(job.suite, job.root)]
+    found = presence(job.suite, job.root)
+    opened = [_open(present, job) for present in tqdm(found, desc="opening", unit="data set", disable=not progress)]
     with tqdm(total=_work(opened) * len(job.models), unit="image", disable=not progress, smoothing=0.05) as bar:
         runner = _Runner(job, bar)
         for ref in job.models:
@@ -108,6 +110,9 @@ def _open(present: Present, job: Job) -> Data | tuple[DataEntry, str]:
         return open_data(entry, present.path, job.root, job.store / MEMORY)
     except UserError as error:
         return entry, str(error)
+    except Exception as error:  # One odd data set must not end the others.
+        traceback.print_exc(file=sys.stderr)
+        return entry, f"{type(error).__name__}: {error}"
 
 
 def _work(opened: Sequence[Data | tuple[DataEntry, str]]) -> int:
@@ -149,7 +154,7 @@ class _Runner:
         self._passed = 0
         known = read_results(job.out) if (job.out / "results.jsonl").is_file() else []
         self._known = {(str(row["model_ref"]), str(row["dataset"]), str(row["protocol"])): row for row in known}
-        self._teachers: dict[str, tuple[Store, float]] = {}
+        self._teachers: dict[str, tuple[Store, float, str]] = {}
 
     def run_model(self, ref: str, opened: Sequence[Data | tuple[DataEntry, str]]) -> None:
         """All data sets of one model."""
@@ -159,19 +164,19 @@ class _Runner:
         store = Store(self.job.store, fingerprint, self.job.encoding.precision)
         about = _about_model(ref, model, fingerprint, self.job)
         scale = _logit_scale(model)
+        if ref == self.job.teacher:
+            self._teachers[ref] = (store, scale, fingerprint)
         for data in opened:
             begin = self.bar.n
             entry = data.entry if isinstance(data, Data) else data[0]
             self.bar.set_description(f"{Path(ref).name}: {entry.name}")
             if isinstance(data, Data):
-                subject = Subject(model, ref, data, store, self.job.encoding, scale, self.bar.update)
+                subject = Subject(model, ref, fingerprint, data, store, self.job.encoding, scale, self.bar.update)
                 self._run_data(subject, about)
                 # What came from the store was not passed; the bar takes it as done, the rate does not suffer much.
                 self.bar.update(_work_of(data) - (self.bar.n - begin))
             else:
                 self._fail(about | _about_entry(entry, self.job), entry, "data", data[1])
-        if ref == self.job.teacher:
-            self._teachers[ref] = (store, scale)
         del model
         gc.collect()
 
@@ -181,9 +186,14 @@ class _Runner:
         for protocol in data.entry.protocols_for(data.test.kind):
             if subject.reads_texts or protocol in IMAGE_ONLY:
                 self._one(subject, row, protocol)
-        compared = self.job.teacher and subject.ref != self.job.teacher and subject.reads_texts
-        if compared and data.test.kind in AGREEMENT_KINDS:
-            self._one(subject, row, "agreement")
+        if not self.job.teacher or not subject.reads_texts or data.test.kind not in AGREEMENT_KINDS:
+            return
+        if subject.ref == self.job.teacher:
+            with contextlib.suppress(UserError):
+                _scores(subject)  # Its results may be kept, but its embeddings gone.
+            return
+        teacher = {"teacher": self.job.teacher, "teacher_fingerprint": self._teachers[self.job.teacher][2]}
+        self._one(subject, row | {"settings": row["settings"] | teacher}, "agreement")
 
     def _one(self, subject: Subject, row: Row, protocol: str) -> None:
         known = self._known.get((subject.ref, subject.data.entry.name, protocol))
@@ -208,7 +218,7 @@ class _Runner:
             "unreadable_keys": [key for key, _ in bad[:LISTED]],
             "seconds": round(time.perf_counter() - started, 3),
         }  # fmt: skip
-        keys = _item_keys(subject, measured)
+        keys = _item_keys(subject)
         row["items"] = write_items(self.job.out, row, measured.per_item, keys)
         append_row(self.job.out, row)
         self._known[subject.ref, subject.data.entry.name, protocol] = row
@@ -216,12 +226,13 @@ class _Runner:
         self.bar.set_postfix_str(f"{protocol} {measured.main_metric} {measured.score:.3f}")
 
     def _agreement(self, subject: Subject) -> Measured:
-        store, scale = self._teachers[self.job.teacher]
+        store, scale, fingerprint = self._teachers[self.job.teacher]
         data, encoding = subject.data, self.job.encoding
-        teacher = Subject(None, self.job.teacher, data, store, encoding, scale, lambda _: None)
+        teacher = Subject(None, self.job.teacher, fingerprint, data, store, encoding, scale, lambda _: None)
         name = "zero_shot" if data.test.kind == "classification" else "retrieval"
         rows = [self._known.get((ref, data.entry.name, name)) for ref in (self.job.teacher, subject.ref)]
-        if any(row is None or row["status"] != "ok" for row in rows):
+        prints = (fingerprint, subject.fingerprint)
+        if not all(row is not None and _of(row, data, one) for row, one in zip(rows, prints, strict=True)):
             raise UserError(f"Teacher or student has no result for {data.entry.name}; see their rows.")
         scores = [float(row["score"]) for row in rows if row is not None]
         return agreement(_scores(teacher), _scores(subject), teacher_score=scores[0], student_score=scores[1])
@@ -230,6 +241,7 @@ class _Runner:
         self.failed += 1
         row = row | error_columns(protocol, TASKS.get(protocol, protocol), sentence)
         append_row(self.job.out, row)
+        self._known[str(row["model_ref"]), entry.name, protocol] = row
         self.bar.write(f"{row['model_ref']}, {entry.name}, {protocol}: {sentence}", file=sys.stderr)
 
 
@@ -244,11 +256,16 @@ def _scores(subject: Subject) -> Scores:
     return Scores(image_embed=subject.images.embed, candidates=against, logit_scale=subject.logit_scale)
 
 
-def _item_keys(subject: Subject, measured: Measured) -> list[str]:
-    """A name for each item: the image's key, or the number of a choice."""
-    images = [subject.data.test.keys[row] for row in subject.images.index.tolist()]
-    items = len(measured.per_item["correct"])
-    return images if items == len(images) else [str(number) for number in range(items)]
+def _item_keys(subject: Subject) -> list[str]:
+    """A name for each item: the image's key, or what is asked in a choice."""
+    test = subject.data.test
+    if test.kind != "selection":
+        return [test.keys[row] for row in subject.images.index.tolist()]
+    return [f"{test.keys[choice.images[0]]}: {choice.captions[0]}" for choice in kept_choices(subject)]
+
+
+def _of(row: Mapping[str, Any], data: Data, fingerprint: str) -> bool:
+    return row["status"] == "ok" and (row["data_hash"], row["fingerprint"]) == (data.hash, fingerprint)
 
 
 def _same(known: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
@@ -280,7 +297,14 @@ def _about_entry(entry: DataEntry, job: Job) -> Row:
         "dataset": entry.name,
         "suite": job.suite.name,
         "tags": list(entry.tags),
-        "settings": {"main_metric": entry.main_metric, "folds": entry.folds, "seed": job.encoding.seed},
+        "settings": {
+            "main_metric": entry.main_metric,
+            "random_score": entry.random_score,
+            "tags": list(entry.tags),
+            "folds": entry.folds,
+            "seed": job.encoding.seed,
+            "vlkd": versions()["vlkd"],
+        },
         "data": {"path": None, "split": entry.split, "kind": entry.kind, "train": entry.train},
         "data_hash": None,
         "items": None,
@@ -294,7 +318,7 @@ def _about_data(data: Data, job: Job) -> Row:
             "path": str(data.path.absolute()), "split": entry.split, "kind": data.test.kind, "train": entry.train,
         },
         "data_hash": data.hash,
-        "left_out_samples": len(data.test.problems),
+        "data_problems": list(data.test.problems[:LISTED]),
     }  # fmt: skip
 
 

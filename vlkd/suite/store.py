@@ -57,13 +57,16 @@ def images_hash(data: Files, memory: Path) -> str:
     except (OSError, ValueError, KeyError, TypeError):
         pass
     state = hashlib.sha256()
+    whole = True
     for key, file in zip(data.keys, data.files, strict=True):
         try:
             content = hashlib.sha256(file.read()).hexdigest()
         except UserError:
-            content = "unreadable"
-        state.update(f"{key}\0{content}\n".encode())
+            content, whole = "unreadable", False
+        state.update(f"{key}\0{content}\n".encode("utf-8", "surrogateescape"))
     found = state.hexdigest()[:16]
+    if not whole:
+        return found  # It may be readable again without any sign of it.
     memory.mkdir(parents=True, exist_ok=True)
     write_whole(place, json.dumps({"images": found}).encode())
     return found
@@ -79,7 +82,11 @@ def _signature(data: Files) -> str:
                 seen[file.path] = f"{about.st_size} {about.st_mtime_ns}"
             except OSError:
                 seen[file.path] = "missing"
-        state.update(f"{key}\0{file.path.absolute()}\0{file.offset}\0{file.size}\0{seen[file.path]}\n".encode())
+        state.update(
+            f"{key}\0{file.path.absolute()}\0{file.offset}\0{file.size}\0{seen[file.path]}\n".encode(
+                "utf-8", "surrogateescape"
+            )
+        )
     return state.hexdigest()[:16]
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vlkd.data.eval_set import EvalSet, open_eval_set
 from vlkd.data.labelled import read_prompts_file
+from vlkd.data.sources import MAX_BAD_SHARE
 from vlkd.errors import UserError
 from vlkd.retrieval.encode import EncodedImages, encode_images, encode_texts
 from vlkd.retrieval.zero_shot import DEFAULT_TEMPLATES, class_vectors
@@ -87,7 +88,12 @@ def open_data(entry: DataEntry, path: Path, root: Path, memory: Path) -> Data:
         raise UserError(f"{path}: {entry.train} and {entry.split} have other classes; give both the same class list.")
     images = images_hash(test, memory)
     train_images = "" if train is None else images_hash(train, memory)
-    labels = [test.label_hash(), "" if train is None else train.label_hash()]
+    if images == train_images:
+        raise UserError(
+            f"{entry.name}: {entry.train!r} holds the pictures of {entry.split or 'the test part'!r}; a probe "
+            "that is tested on what it learned tells nothing: name another split."
+        )
+    labels = [test.label_hash(), "" if train is None else train.label_hash(), *(test.templates or DEFAULT_TEMPLATES)]
     return Data(
         entry=entry,
         path=path,
@@ -118,6 +124,7 @@ class Subject:
     Args:
         model: the encoder, or None if everything asked for is in the store.
         ref: its reference, for messages.
+        fingerprint: its hash.
         data: the data set.
         store: the model's embeddings.
         encoding: how to encode.
@@ -129,13 +136,14 @@ class Subject:
         self,
         model: Any,
         ref: str,
+        fingerprint: str,
         data: Data,
         store: Store,
         encoding: Encoding,
         logit_scale: float,
         advance: Callable[[int], object],
     ) -> None:
-        self._model, self.ref, self.data, self._store = model, ref, data, store
+        self._model, self.ref, self.fingerprint, self.data, self._store = model, ref, fingerprint, data, store
         self.encoding, self.logit_scale, self._advance = encoding, logit_scale, advance
 
     @property
@@ -146,7 +154,8 @@ class Subject:
     @functools.cached_property
     def images(self) -> EncodedImages:
         """The test images that can be read."""
-        return self._store.images(self.data.images, lambda: self._encode_images(self.data.test))
+        found = self._store.images(self.data.images, lambda: self._encode_images(self.data.test))
+        return _readable(found, self.data.entry.name)
 
     @functools.cached_property
     def train_images(self) -> EncodedImages:
@@ -154,7 +163,8 @@ class Subject:
         train = self.data.train
         if train is None:
             raise UserError(f"{self.data.entry.name} has no training part; probes need one, so declare `train`.")
-        return self._store.images(self.data.train_images, lambda: self._encode_images(train))
+        found = self._store.images(self.data.train_images, lambda: self._encode_images(train))
+        return _readable(found, f"{self.data.entry.name}, {self.data.entry.train}")
 
     @functools.cached_property
     def labels(self) -> NDArray[Any]:
@@ -221,6 +231,17 @@ class Subject:
         device = "cpu" if self._model is None else self._model.device.type
         with torch.autocast(device, torch.bfloat16, enabled=self.encoding.precision == "bf16"):
             yield
+
+
+def _readable(images: EncodedImages, name: str) -> EncodedImages:
+    """The images, if not too many are missing for the figures to be those of the data set."""
+    total = len(images.index) + len(images.bad)
+    if len(images.bad) > max(1, MAX_BAD_SHARE * total):
+        raise UserError(
+            f"{name}: {len(images.bad)} of {total} pictures cannot be read, first {images.bad[0][0]!r} "
+            f"({images.bad[0][1]}); expected at most {MAX_BAD_SHARE:.0%}: mend or remove them."
+        )
+    return images
 
 
 def _labels(data: EvalSet) -> NDArray[Any]:
