@@ -250,3 +250,64 @@ def test_one_protocol_on_one_data_set(done, root, models, tmp_path, capsys, prot
     ])  # fmt: skip
     (row,) = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["results"]
     assert row["metrics"] == cells(done[0], models / "student")[data, protocol]["metrics"]
+
+
+def test_another_teacher_is_compared_anew(root, models, tmp_path):
+    one = job(root, models, tmp_path, "shapes_classes", teacher=str(models / "teacher"))
+    run(one)
+    first = cells(tmp_path, models / "student")["shapes_classes", "agreement"]
+    tiny_composite(seed=9).save(tmp_path / "teacher2")
+    summary = run(replace(one, teacher=str(tmp_path / "teacher2")))
+    second = cells(tmp_path, models / "student")["shapes_classes", "agreement"]
+    assert summary.kept == 3
+    assert first["metrics"] != second["metrics"]
+    assert second["settings"]["teacher"] == str(tmp_path / "teacher2")
+
+
+def test_lost_embeddings_of_a_kept_teacher_are_made_again(root, models, tmp_path):
+    one = job(root, models, tmp_path, "shapes_classes", refs=(), teacher=str(models / "teacher"))
+    run(one)
+    shutil.rmtree(tmp_path / "embeddings")
+    summary = run(replace(one, refs=(str(models / "student"),)))
+    assert (summary.made, summary.kept, summary.failed) == (4, 3, 0)
+
+
+def test_a_probe_is_never_tested_on_what_it_learned(root, models, tmp_path):
+    one = job(root, models, tmp_path, "shapes_classes")
+    entries = tuple(replace(entry, split="train") for entry in one.suite.entries)
+    run(replace(one, suite=replace(one.suite, entries=entries)))
+    (row,) = read_results(tmp_path)
+    assert "tested on what it learned" in row["error"]
+
+
+def test_a_mostly_unreadable_data_set_has_no_score(root, models, tmp_path, monkeypatch):
+    from vlkd.suite import subject
+
+    real = subject._Counted.image
+
+    def failing(self, i):
+        if i % 4 == 0:
+            raise UserError("it is cut short")
+        return real(self, i)
+
+    monkeypatch.setattr(subject._Counted, "image", failing)
+    run(job(root, models, tmp_path, "shapes_retrieval"))
+    (row,) = read_results(tmp_path)
+    assert row["status"] == "error"
+    assert "10 of 40 pictures cannot be read" in row["error"]
+
+
+def test_the_fingerprint_tells_activations_apart(tmp_path):
+    """Equal weights under GELU and QuickGELU are two models."""
+    from helpers.tiny_models import write_open_clip
+
+    from vlkd.models.fingerprint import model_fingerprint
+
+    prints = set()
+    for quick in (False, True):
+        folder = write_open_clip(tmp_path / str(quick))
+        config = json.loads((folder / "open_clip_config.json").read_text())
+        config["model_cfg"]["quick_gelu"] = quick
+        (folder / "open_clip_config.json").write_text(json.dumps(config))
+        prints.add(model_fingerprint(load(str(folder))))
+    assert len(prints) == 2
