@@ -43,8 +43,11 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--dry-run", action="store_true", help="list the data sets and end")
     parser.add_argument("--json", action="store_true", help="end with one line of strict JSON")
     args = parser.parse_args(argv)
-    if args.batch_size < 1 or args.workers < 1:
-        parser.error(f"--batch-size {args.batch_size}, --workers {args.workers}; expected 1 or more")
+    if args.batch_size < 1 or args.workers < 1 or args.seed < 0:
+        parser.error(
+            f"found --batch-size {args.batch_size}, --workers {args.workers}, --seed {args.seed}; expected 1, 1, 0 "
+            "or more"
+        )
     if not args.dry_run and not (args.model or args.teacher):
         parser.error("no model is named; give --model REF, or --dry-run")
 

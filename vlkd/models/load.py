@@ -30,7 +30,7 @@ def load(ref: str, *, device: str | torch.device = "cpu") -> DualEncoderModule:
     """
     ref = str(ref)
     model = load_folder(ref, Path(ref)) if ref and Path(ref).is_dir() else load_named(ref)
-    return model.to(device).eval()
+    return _ready(model, device)
 
 
 def load_image_encoder(ref: str, *, device: str | torch.device = "cpu") -> DualEncoderModule:
@@ -51,7 +51,17 @@ def load_image_encoder(ref: str, *, device: str | torch.device = "cpu") -> DualE
         return load(ref, device=device)
     from vlkd.models.via_timm import load_timm
 
-    return load_timm(ref, rest).to(device).eval()
+    return _ready(load_timm(ref, rest), device)
+
+
+def _ready(model: DualEncoderModule, device: str | torch.device) -> DualEncoderModule:
+    """In evaluation mode, on the device; raises `UserError` where there is no such device."""
+    try:
+        return model.to(device).eval()
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"The device {device} cannot be used ({str(error).splitlines()[0]}); name another one."
+        ) from None
 
 
 def load_folder(ref: str, folder: Path) -> DualEncoderModule:

@@ -83,7 +83,7 @@ def recall_by_calls(
         raise UserError(f"Shortlists {tuple(calls)} and cut-offs {tuple(ks)}: 1 or more, shortlists at most {size}.")
     if not calls or not ks or not all(own and min(own) >= 0 and max(own) < size for own in positives):
         raise UserError(
-            f"Shortlists {tuple(calls)}, cut-offs {tuple(ks)}: one or more of both, and one or more positives per query "
+            f"Shortlists {tuple(calls)}, cut-offs {tuple(ks)}: one or more of both, and a positive or more per query "
             f"among the items 0 to {size - 1}."
         )
     deepest = min(size, max([*calls, *ks]))

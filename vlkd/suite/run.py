@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from vlkd.data.eval_set import EvalSet
@@ -39,6 +40,7 @@ from vlkd.suite.subject import Data, Encoding, Subject, open_data
 
 EMBEDDINGS = "embeddings"
 MEMORY = "data"
+LOCK = ".suite.lock"
 LISTED = 16
 AGREEMENT_KINDS = ("classification", "retrieval")
 
@@ -92,6 +94,19 @@ def run_suite(job: Job, *, progress: bool = True) -> Summary:
     Raises:
         UserError: a model cannot be loaded, or results cannot be written.
     """
+    if not job.root.is_dir():
+        raise UserError(
+            f"There is no folder {job.root}; give the root of the data sets, as `vlkd prep tier0` makes one."
+        )
+    job.out.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(job.out / LOCK, timeout=0):
+            return _run(job, progress)
+    except Timeout:
+        raise UserError(f"Another run writes into {job.out}; wait for it, or give another --out.") from None
+
+
+def _run(job: Job, progress: bool) -> Summary:
     found = presence(job.suite, job.root)
     opened = [_open(present, job) for present in tqdm(found, desc="opening", unit="data set", disable=not progress)]
     with tqdm(total=_work(opened) * len(job.models), unit="image", disable=not progress, smoothing=0.05) as bar:
@@ -223,6 +238,8 @@ class _Runner:
         append_row(self.job.out, row)
         self._known[subject.ref, subject.data.entry.name, protocol] = row
         self.made += 1
+        if bad:
+            self.bar.write(f"{subject.data.entry.name}: {len(bad)} unreadable, first {bad[0][0]}", file=sys.stderr)
         self.bar.set_postfix_str(f"{protocol} {measured.main_metric} {measured.score:.3f}")
 
     def _agreement(self, subject: Subject) -> Measured:

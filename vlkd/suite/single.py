@@ -38,8 +38,11 @@ def run_single(argv: Sequence[str], protocol: str, *, description: str | None, e
     parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
     parser.add_argument("--json", action="store_true", help="end with one line of strict JSON")
     args = parser.parse_args(argv)
-    if args.batch_size < 1 or args.workers < 1:
-        parser.error(f"--batch-size {args.batch_size}, --workers {args.workers}; expected 1 or more")
+    if args.batch_size < 1 or args.workers < 1 or args.seed < 0:
+        parser.error(
+            f"found --batch-size {args.batch_size}, --workers {args.workers}, --seed {args.seed}; expected 1, 1, 0 "
+            "or more"
+        )
     _run(args, protocol)
 
 
