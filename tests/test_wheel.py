@@ -89,6 +89,7 @@ def test_the_wheel_holds_every_run_file_once_and_nothing_else(wheel):
         wanted = Counter(
             f"vlkd/_shipped/{folder}/{path.name}" for folder in SHIPPED for path in (ROOT / folder).glob("*.py")
         )
+        wanted.update(f"vlkd/_shipped/eval/suites/{path.name}" for path in (ROOT / "eval" / "suites").glob("*.toml"))
         assert names == wanted
         for name in names:
             assert archive.read(name) == (ROOT / name.removeprefix("vlkd/_shipped/")).read_bytes()
