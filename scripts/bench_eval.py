@@ -5,9 +5,10 @@
 
 `metrics`: hit@1, 5, 10 in both directions of 5,000 images x 25,000 captions from the same embeddings, by
 `vlkd.retrieval.search.evaluate_retrieval` and by `clip_benchmark.metrics.zeroshot_retrieval.evaluate`, which runs
-unmodified on a model that hands out stored embeddings, in its default batches of 64, without amp. Peak extra memory is
-that of fresh processes, which hold the embeddings before they start: the largest of vlkd's against the smallest of
-clip_benchmark's, whose allocations the system may keep for longer or shorter. The figures must be equal.
+unmodified on a model that hands out stored embeddings, in its default batches of 64, without amp. Each evaluation runs
+in a fresh process, as from the command line, which holds the embeddings and has evaluated a small problem before the
+clock starts: what an allocator keeps from an evaluation decides how long the next one takes. Seconds are medians;
+extra memory is the largest peak of vlkd's against the smallest of clip_benchmark's. The figures must be equal.
 
 `pass`: `encode_images` against the sum of its two halves, each alone: all images decoded and prepared, and the forward
 pass over ready tensors. The halves use as many threads as the whole; the decoder's half is also timed in one thread.
@@ -108,8 +109,8 @@ def resident_mb(field: str) -> float:
         return next(int(line.split()[1]) for line in status if line.startswith(field)) * 1024 / 1e6
 
 
-def memory_of(name: str, args: argparse.Namespace) -> float:
-    """Extra peak memory of one evaluation in this process, MB, once all is imported and the embeddings are made."""
+def evaluation(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """One evaluation in this process: its seconds, its extra peak memory in MB (Linux), its figures."""
     import torch
 
     run = runs_of(args)[name]
@@ -120,30 +121,25 @@ def memory_of(name: str, args: argparse.Namespace) -> float:
         their_figures(small[:64], small_texts[: 64 * PER_IMAGE], args.batch_size)
     del small, small_texts, owner
     torch.randn(256, args.width) @ torch.randn(args.width, 256)
-    with open("/proc/self/clear_refs", "w") as peak:
-        peak.write("5")  # the peak starts again from here
-    before = resident_mb("VmRSS")
-    run()
-    return resident_mb("VmHWM") - before
+    linux = sys.platform.startswith("linux")
+    before = 0.0
+    if linux:
+        with open("/proc/self/clear_refs", "w") as peak:
+            peak.write("5")  # the peak starts again from here
+        before = resident_mb("VmRSS")
+    start = time.perf_counter()
+    figures = run()
+    taken = time.perf_counter() - start
+    return {"seconds": taken, "extra_mb": resident_mb("VmHWM") - before if linux else None, "figures": figures}
 
 
-def measured_memory(name: str, args: argparse.Namespace) -> float | None:
-    """`memory_of` in a fresh process, or None where the system does not tell (not Linux)."""
-    if not sys.platform.startswith("linux"):
-        return None
+def fresh_evaluation(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """`evaluation` in a process of its own."""
     given = {"threads": args.threads, "width": args.width, "noise": args.noise, "batch-size": args.batch_size}
     options = [text for option, value in given.items() for text in (f"--{option}", str(value))]
-    command = [sys.executable, __file__, "--memory-of", name, *options]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-
-def measured_memories(args: argparse.Namespace) -> dict[str, float | None]:
-    """The largest of some processes for vlkd, the smallest for clip_benchmark."""
-    extra: dict[str, float | None] = {}
-    for name, choose in ((OURS, max), (THEIRS, min)):
-        found = [measured_memory(name, args) for _ in range(args.memory_rounds)]
-        extra[name] = None if None in found else round(choose(found), 1)
-    return extra
+    command = [sys.executable, __file__, "--evaluate", name, *options]
+    found: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return found
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -152,26 +148,23 @@ def seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def timed(runs: dict[str, Callable[[], object]], rounds: dict[str, int]) -> dict[str, list[float]]:
-    """Seconds of each, interleaved; those with fewer rounds drop out first."""
+def timed(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each, interleaved."""
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(max(rounds.values())):
+    for _ in range(rounds):
         for name, run in runs.items():
-            if number < rounds[name]:
-                times[name].append(seconds(run))
+            times[name].append(seconds(run))
     return times
 
 
 def metrics_row(args: argparse.Namespace) -> dict[str, Any]:
-    runs = runs_of(args)
-    figures: dict[str, dict[str, float]] = {}
-    calls: dict[str, Callable[[], object]] = {
-        name: lambda name=name, run=run: figures.update({name: run()}) for name, run in runs.items()
-    }
-    times = timed(calls, {OURS: args.rounds, THEIRS: args.their_rounds})
+    found: dict[str, list[dict[str, Any]]] = {OURS: [], THEIRS: []}
+    for _ in range(args.rounds):
+        for name, results in found.items():
+            results.append(fresh_evaluation(name, args))
+    times = {name: [result["seconds"] for result in results] for name, results in found.items()}
     median = {name: statistics.median(values) for name, values in times.items()}
-    extra = measured_memories(args)
-    ours, theirs = figures[OURS], figures[THEIRS]
+    ours, theirs = found[OURS][0]["figures"], found[THEIRS][0]["figures"]
     queries = {name: IMAGES * (PER_IMAGE if name.startswith("image") else 1) for name in ours}
     equal = all(round(ours[name] * queries[name]) == round(theirs[name] * queries[name]) for name in ours)
     for name in ours:
@@ -179,16 +172,18 @@ def metrics_row(args: argparse.Namespace) -> dict[str, Any]:
     faster = median[THEIRS] / median[OURS]
     print(f"figures {'equal' if equal else 'DIFFERENT'}")
     print(f"time: {THEIRS} {median[THEIRS]:.2f} s, {OURS} {median[OURS]:.2f} s; {faster:.1f}x faster (10x wanted)")
-    smaller = None if None in extra.values() else extra[THEIRS] / extra[OURS]
-    if smaller is not None:
+    extra: dict[str, float] = {}
+    if found[OURS][0]["extra_mb"] is not None:
+        extra = {name: round(max(choose(result["extra_mb"] for result in found[name]), 0.1), 1)
+                 for name, choose in ((OURS, max), (THEIRS, min))}  # fmt: skip
         print(
-            f"peak extra memory: {THEIRS} {extra[THEIRS]:.0f} MB, {OURS} {extra[OURS]:.0f} MB; {smaller:.1f}x less "
-            "(10x wanted)"
+            f"peak extra memory: {THEIRS} {extra[THEIRS]:.0f} MB, {OURS} {extra[OURS]:.0f} MB; "
+            f"{extra[THEIRS] / extra[OURS]:.1f}x less (10x wanted)"
         )
+    smaller = extra[THEIRS] / extra[OURS] if extra else None
     return {
         "bench": "eval_metrics", "images": IMAGES, "captions": IMAGES * PER_IMAGE, "width": args.width, "k": list(KS),
-        "threads": args.threads, "rounds": {name: len(values) for name, values in times.items()},
-        "seconds": {name: round(value, 3) for name, value in median.items()},
+        "threads": args.threads, "seconds": {name: round(value, 3) for name, value in median.items()},
         "all_seconds": {name: [round(value, 3) for value in values] for name, values in times.items()},
         "peak_extra_mb": extra, "times_faster": round(faster, 1),
         "times_less_memory": None if smaller is None else round(smaller, 1), "figures": ours, "figures_equal": equal,
@@ -230,7 +225,7 @@ def pass_row(args: argparse.Namespace) -> dict[str, Any]:
         "forward": forward,
     }  # fmt: skip
     forward()
-    times = timed(runs, dict.fromkeys(runs, args.rounds))
+    times = timed(runs, args.rounds)
     median = {name: statistics.median(values) for name, values in times.items()}
     strict = median["pass"] / (median["decode"] + median["forward"])
     plain = median["pass"] / (median["decode_alone"] + median["forward"])
@@ -252,8 +247,6 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=("metrics", "pass"), default="metrics")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved repetitions; the median counts")
-    parser.add_argument("--their-rounds", type=int, default=2, help="of clip_benchmark, which takes minutes")
-    parser.add_argument("--memory-rounds", type=int, default=3, help="processes for each, see above")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--width", type=int, default=512, help="of the embeddings")
     parser.add_argument("--noise", type=float, default=6.0, help="noise added to the captions, in units of the signal")
@@ -263,7 +256,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--images", type=int, default=0, help="pass: only the first so many; 0 is all")
     parser.add_argument("--workers", type=int, default=2, help="pass: decoding threads")
     parser.add_argument("--json", action="store_true", help="end with one line of strict JSON")
-    parser.add_argument("--memory-of", choices=(OURS, THEIRS), help=argparse.SUPPRESS)
+    parser.add_argument("--evaluate", choices=(OURS, THEIRS), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.part == "pass" and not (args.data and args.model):
         parser.error("--part pass needs --data and --model")
@@ -271,8 +264,8 @@ def main(argv: Sequence[str]) -> None:
     import torch
 
     torch.set_num_threads(args.threads)
-    if args.memory_of:
-        print(memory_of(args.memory_of, args))
+    if args.evaluate:
+        print(json.dumps(evaluation(args.evaluate, args)))
         return
     row = metrics_row(args) if args.part == "metrics" else pass_row(args)
     if args.json:

@@ -236,7 +236,7 @@ def test_twenty_identical_documents(chunk):
 def test_twenty_identical_documents_among_thousands_and_over_several_chunks(chunk):
     rng = np.random.default_rng(0)
     documents = rng.normal(size=(2 * TILE_COLUMNS + 300, 8)).astype(np.float32)
-    places = 3 + 210 * np.arange(20)
+    places = 3 + 105 * np.arange(20)
     query = rng.normal(size=(1, 8)).astype(np.float32)
     documents[places] = query
     assert len(set(places // TILE_COLUMNS)) == 3

@@ -79,7 +79,7 @@ def normalize(x: Tensor) -> Tensor:
     return out
 
 
-def topk(queries: Vectors, gallery: Vectors, k: int, *, chunk: int = 4 * TILE_COLUMNS) -> tuple[Tensor, Tensor]:
+def topk(queries: Vectors, gallery: Vectors, k: int, *, chunk: int = 8 * TILE_COLUMNS) -> tuple[Tensor, Tensor]:
     """The k most similar gallery items of each query, by cosine; equal scores in the order of their ids.
 
     Args:

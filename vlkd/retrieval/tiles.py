@@ -14,9 +14,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 TILE_ROWS = 240
-TILE_COLUMNS = 1920
+TILE_COLUMNS = 960
 """Eight truth values are added as one 64-bit word, byte by byte without a carry: at most 255 rows and 255 * 8 columns.
 Both are multiples of the register blocks of the usual kernels, so that equal vectors score equally at any place."""
+KEPT_TILES = 64
+"""Tiles that are known before counting begins and are not computed again: 0.9 MB each."""
+SLOTS = 8
+"""Positives of every query of a block that are counted in one call."""
 
 
 class Grid:
@@ -105,16 +109,17 @@ def _count(line: _Line, tile: Tensor, mask: Tensor, start: int, dim: int) -> Non
     Args:
         line: the queries' positives.
         tile: (TILE_ROWS, TILE_COLUMNS) scores.
-        mask: a bool buffer of the same shape.
+        mask: a bool buffer (SLOTS, TILE_ROWS, TILE_COLUMNS).
         start: id of the first gallery item of the tile.
         dim: the gallery's dimension of the tile, 1 if the queries are its rows.
     """
     size = tile.shape[dim]
     # Equal scores are ordered by id: before the positive's own tile an equal score precedes it, after it none does.
     threshold = torch.where(line.partner >= start + size, line.below, line.threshold)
-    for slot in range(line.pair.shape[1]):
-        torch.gt(tile, threshold[:, slot].unsqueeze(dim), out=mask)
-        line.count[:, slot] += _count_true(mask, dim)
+    for few, count in zip(threshold.split(SLOTS, 1), line.count.split(SLOTS, 1), strict=True):
+        higher = mask[: few.shape[1]]
+        torch.gt(tile, few.T.unsqueeze(dim + 1), out=higher)
+        count += _count_true(higher, dim + 1).T
     inside = (line.partner >= start) & (line.partner < start + size)
     query, slot_of = inside.nonzero(as_tuple=True)
     if len(query):
@@ -126,22 +131,26 @@ def _count(line: _Line, tile: Tensor, mask: Tensor, start: int, dim: int) -> Non
 
 
 def _count_true(mask: Tensor, dim: int) -> Tensor:
-    """Count the true values of a tile along `dim`, eight at a time: much faster than summing booleans."""
+    """Count the true values of tiles along `dim`, eight at a time: much faster than summing booleans."""
     packed = mask.view(torch.int64).sum(dim).view(torch.uint8)
-    return packed.view(-1, 8).sum(1) if dim else packed.long()
+    return packed.unflatten(1, (-1, 8)).sum(2) if dim == 2 else packed.long()
 
 
-def _pair_scores(grid: Grid, row: Tensor, column: Tensor) -> Tensor:
-    """(P,) the scores of single pairs, from the tiles that hold them."""
+def _pair_scores(grid: Grid, row: Tensor, column: Tensor) -> tuple[Tensor, dict[tuple[int, int], Tensor]]:
+    """(P,) the scores of single pairs, and the first `KEPT_TILES` of the tiles that hold them, by place."""
     scores = torch.empty(len(row))
+    kept: dict[tuple[int, int], Tensor] = {}
     down = grid.shape[0]
     home = (column // TILE_COLUMNS) * down + row // TILE_ROWS
     order = torch.argsort(home, stable=True)
     tiles, counts = torch.unique_consecutive(home[order], return_counts=True)
     for number, pairs in zip(tiles.tolist(), torch.split(order, counts.tolist()), strict=True):
-        tile = grid.tile(number % down, number // down)
+        place = number % down, number // down
+        tile = grid.tile(*place)
         scores[pairs] = tile[row[pairs] % TILE_ROWS, column[pairs] % TILE_COLUMNS]
-    return scores
+        if len(kept) < KEPT_TILES:
+            kept[place] = tile.clone()
+    return scores, kept
 
 
 def count_ranks(
@@ -150,8 +159,8 @@ def count_ranks(
     """Exact ranks of pairs in both directions, by counting, in one pass over the product.
 
     The rank of an item for a query is the number of items with a higher score, or with an equal score and a smaller
-    id. The tiles that hold a pair are computed once more beforehand, to know the scores to compare with: a tenth of
-    the product if the pairs are sorted, all of it at worst. Time grows with the number of positives per query.
+    id. The tiles that hold a pair are computed beforehand, to know the scores to compare with, and but for a few kept
+    ones computed again: few if the pairs are sorted, all at worst. Time grows with the number of positives per query.
 
     Args:
         rows: (Q, D) float32.
@@ -165,14 +174,14 @@ def count_ranks(
         column.
     """
     grid = Grid(rows, columns, prepare)
-    score = _pair_scores(grid, row, column)
+    score, kept = _pair_scores(grid, row, column)
     down, across = grid.shape
     row_lines = _lines(row, column, score, down, TILE_ROWS)
     column_lines = _lines(column, row, score, across, TILE_COLUMNS)
-    mask = torch.empty(TILE_ROWS, TILE_COLUMNS, dtype=torch.bool)
+    mask = torch.empty(SLOTS, TILE_ROWS, TILE_COLUMNS, dtype=torch.bool)
     for j in range(across):
         for i in range(down):
-            tile = grid.tile(i, j)
+            tile = kept.pop((i, j)) if (i, j) in kept else grid.tile(i, j)
             _count(row_lines[i], tile, mask, j * TILE_COLUMNS, 1)
             _count(column_lines[j], tile, mask, i * TILE_ROWS, 0)
     return _collect(row_lines, len(row)), _collect(column_lines, len(row))
