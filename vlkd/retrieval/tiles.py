@@ -116,7 +116,7 @@ def _count(line: _Line, tile: Tensor, mask: Tensor, start: int, dim: int) -> Non
     size = tile.shape[dim]
     # Equal scores are ordered by id: before the positive's own tile an equal score precedes it, after it none does.
     threshold = torch.where(line.partner >= start + size, line.below, line.threshold)
-    for few, count in zip(threshold.split(SLOTS, 1), line.count.split(SLOTS, 1), strict=True):
+    for few, count in zip(torch.split(threshold, SLOTS, 1), torch.split(line.count, SLOTS, 1), strict=True):
         higher = mask[: few.shape[1]]
         torch.gt(tile, few.T.unsqueeze(dim + 1), out=higher)
         count += _count_true(higher, dim + 1).T
@@ -133,7 +133,7 @@ def _count(line: _Line, tile: Tensor, mask: Tensor, start: int, dim: int) -> Non
 def _count_true(mask: Tensor, dim: int) -> Tensor:
     """Count the true values of tiles along `dim`, eight at a time: much faster than summing booleans."""
     packed = mask.view(torch.int64).sum(dim).view(torch.uint8)
-    return packed.unflatten(1, (-1, 8)).sum(2) if dim == 2 else packed.long()
+    return packed.view(len(mask), -1, 8).sum(2) if dim == 2 else packed.long()
 
 
 def _pair_scores(grid: Grid, row: Tensor, column: Tensor) -> tuple[Tensor, dict[tuple[int, int], Tensor]]:
