@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vlkd.errors import UserError
+from vlkd.suite.options import check_numbers
+
 if TYPE_CHECKING:
     from vlkd.suite.results import Row
 
@@ -36,7 +39,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--json", action="store_true", help="end with one line of strict JSON")
     args = parser.parse_args(argv)
     if len(args.results) > 2:
-        parser.error(f"{len(args.results)} results are named; expected one folder or two")
+        raise UserError(f"{len(args.results)} results are named; expected one folder or two.")
+    check_numbers(args, seed=0)
 
     from vlkd.suite.compare import compare_results
     from vlkd.suite.compare_page import comparison_markdown, comparison_page
@@ -59,7 +63,6 @@ def choose(results: Sequence[Path], a: str | None, b: str | None) -> tuple[tuple
 
     A model that is not named is the only one of its folder, or, of one folder with two models, the other one.
     """
-    from vlkd.errors import UserError
     from vlkd.suite.results import read_results
     from vlkd.suite.table import find_model
 

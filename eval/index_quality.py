@@ -13,6 +13,9 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlkd.errors import UserError
+from vlkd.suite.options import check_numbers
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -59,13 +62,12 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="append one JSON line per row")
     parser.add_argument("--json", action="store_true", help="end with one line of strict JSON")
     args = parser.parse_args(argv)
-    if min(args.k, args.queries, args.batch_size, *args.dims, *args.shortlist) < 1:
-        parser.error("-k, --queries, --batch-size, --dims and --shortlist are 1 or more")
+    check_numbers(args, k=1, queries=1, batch_size=1, dims=1, shortlist=1)
 
     from vlkd.data.sources import open_pairs
 
     pairs = open_pairs(args.data)
-    encoded = encode(args.model, pairs, args.batch_size)
+    encoded = encode(args.model, pairs, args)
     asked = spread(len(encoded.captions), args.queries)
     about = {
         "task": "index_quality", "model": args.model, "data": args.data, "k": args.k, "images": len(encoded.keys),
@@ -88,13 +90,15 @@ def main(argv: Sequence[str]) -> None:
         print(json.dumps({"command": "eval index_quality", "results": rows}, allow_nan=False))
 
 
-def encode(ref: str, pairs: Any, batch_size: int) -> EncodedPairs:
-    """Images and captions by one model."""
+def encode(ref: str, pairs: Any, args: argparse.Namespace) -> EncodedPairs:
+    """Images and captions by one model, which has the width for all `--dims` if it is the one that is indexed."""
     from vlkd.models.load import load
     from vlkd.retrieval.encode import encode_pairs
 
     model = load(ref)
-    return encode_pairs(model, model, pairs, batch_size=batch_size)
+    if ref == args.model and max(args.dims, default=1) > model.width:
+        raise UserError(f"--dims is {max(args.dims)}, but vectors of {ref} have {model.width} numbers; give fewer.")
+    return encode_pairs(model, model, pairs, batch_size=args.batch_size)
 
 
 def spread(count: int, most: int) -> NDArray[np.int64]:
@@ -117,7 +121,6 @@ def combinations(args: argparse.Namespace) -> list[IndexSettings]:
 
 def index_rows(encoded: EncodedPairs, asked: NDArray[np.int64], args: argparse.Namespace) -> list[dict[str, Any]]:
     """One row per index; one that cannot be built says why in `error`."""
-    from vlkd.errors import UserError
     from vlkd.retrieval.quality import exact_neighbours, self_truth
 
     gallery, queries = encoded.image_embed, encoded.text_embed[asked]
@@ -156,10 +159,9 @@ def teacher_rows(
     encoded: EncodedPairs, pairs: Any, asked: NDArray[np.int64], args: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """Captions to images: the model alone, its shortlists in the teacher's order, the teacher alone."""
-    from vlkd.errors import UserError
     from vlkd.retrieval.rerank import recall_by_calls
 
-    teacher = encode(args.teacher, pairs, args.batch_size)
+    teacher = encode(args.teacher, pairs, args)
     if teacher.keys != encoded.keys:
         raise UserError(f"{args.teacher} and {args.model} could read different images; run again when the data rests.")
     lengths = sorted({min(n, len(encoded.keys)) for n in args.shortlist})

@@ -11,8 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vlkd.errors import UserError
+from vlkd.suite.options import add_encoding_options, check_numbers
+
 EXAMPLES = """The same command goes on where it was stopped, and keeps what was measured with the same weights, data and
-settings. --dry-run lists which data sets are there, which are missing and where they were looked for.
+settings. --dry-run lists which data sets are there, which are missing or cut short, and where they were looked for.
 
 examples:
   vlkd eval suite --suite tier0 --data tier0 --model runs/a/student --teacher runs/teacher/student --out runs/tier0
@@ -35,21 +38,12 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="of the results (default runs/eval/SUITE)")
     parser.add_argument("--embeddings", type=Path, metavar="FOLDER", help="kept embeddings (default in --out)")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="only these data sets")
-    parser.add_argument("--batch-size", type=int, default=64, help="default %(default)s")
-    parser.add_argument("--workers", type=int, default=2, help="threads that decode (default %(default)s)")
-    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="of the encoders")
-    parser.add_argument("--device", default="cpu", help="default %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of probes and bootstraps (default %(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="list the data sets and end")
-    parser.add_argument("--json", action="store_true", help="end with one line of strict JSON")
+    add_encoding_options(parser)
     args = parser.parse_args(argv)
-    if args.batch_size < 1 or args.workers < 1 or args.seed < 0:
-        parser.error(
-            f"found --batch-size {args.batch_size}, --workers {args.workers}, --seed {args.seed}; expected 1, 1, 0 "
-            "or more"
-        )
+    check_numbers(args, batch_size=1, workers=1, seed=0)
     if not args.dry_run and not (args.model or args.teacher):
-        parser.error("no model is named; give --model REF, or --dry-run")
+        raise UserError("No model is named; give --model REF, or --dry-run.")
 
     from vlkd.suite.declaration import load_suite
     from vlkd.suite.run import restrict
@@ -63,9 +57,9 @@ def main(argv: Sequence[str]) -> None:
 
 def list_data(suite: Any, args: argparse.Namespace) -> None:
     """What is there and what is not."""
-    from vlkd.suite.presence import as_json, presence, presence_table
+    from vlkd.suite.presence import as_json, presence, presence_table, with_broken_tars
 
-    found = presence(suite, args.data)
+    found = with_broken_tars(presence(suite, args.data))
     print(presence_table(suite, found, args.data))
     if args.json:
         print(json.dumps({"command": "eval suite", "dry_run": True, "data": as_json(found)}, allow_nan=False))
@@ -73,9 +67,9 @@ def list_data(suite: Any, args: argparse.Namespace) -> None:
 
 def run(suite: Any, args: argparse.Namespace) -> None:
     """Measure, then print the table of all results in the folder."""
-    from vlkd.errors import UserError
+    from vlkd.suite.job import Job
     from vlkd.suite.results import read_results
-    from vlkd.suite.run import EMBEDDINGS, Job, run_suite
+    from vlkd.suite.run import EMBEDDINGS, run_suite
     from vlkd.suite.subject import Encoding
     from vlkd.suite.table import pivot
     from vlkd.suite.table_markdown import markdown

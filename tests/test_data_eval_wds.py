@@ -153,6 +153,30 @@ def test_reads_datacomps_groups(tmp_path, extension):
     np.testing.assert_array_equal(np.stack([data.groups["group0"], data.groups["group1"]], 1), ids)
 
 
+def test_label_sets_that_share_the_pictures(tmp_path):
+    """DataComp's faces: no `.cls`; class names and templates begin with the word of their label set."""
+    root = hand_written(tmp_path / "set", [{"npy": npy(row)} for row in ([3, 0], [1, 1])])
+    (root / "classnames.txt").write_text("sex:man\nsex:woman\nage:0: baby\nage:old\nage:man\n")
+    templates = root / "zeroshot_classification_templates.txt"
+    templates.write_text("age:a photo of {c}\nsex:a {c}\nage:{}\n")
+    data = open_eval_set(root, kind="classification")
+    assert data.classes == ("sex:man", "sex:woman", "age:0: baby", "age:old", "age:man")
+    assert data.objectives == {"sex": (0, 1), "age": (2, 3, 4)}
+    assert data.prompts == {
+        "sex:man": ("a man",), "sex:woman": ("a woman",), "age:0: baby": ("a photo of 0: baby", "0: baby"),
+        "age:old": ("a photo of old", "old"), "age:man": ("a photo of man", "man"),
+    }  # fmt: skip
+    assert data.labels is None
+    assert [data.groups[f"group{column}"].tolist() for column in range(2)] == [[3, 1], [0, 1]]
+    templates.write_text("a photo of {c}\nsex:a {c}\nage:{}\n")
+    with pytest.raises(UserError, match=r"\.cls was expected"):
+        open_eval_set(root)
+    templates.write_text("sex:a {c}\nage:{}\n")
+    (root / "classnames.txt").write_text("sex:man\nsex:man\nage:old\n")
+    with pytest.raises(UserError, match="a name twice in one label set"):
+        open_eval_set(root)
+
+
 def test_prompts_by_class(tmp_path):
     root = hand_written(tmp_path / "set", CLS)
     (root / "prompts.json").write_text('{"barn": ["b"], "red fox": ["f", "g"], "crane": ["c"], "more": []}')

@@ -1,7 +1,8 @@
-"""Selections in four forms, and what is refused in a sentence."""
+"""Selections in five forms, and what is refused in a sentence."""
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -71,16 +72,99 @@ def test_winoground_with_names_without_ending(tmp_path):
 def test_aro_with_one_and_with_several_false_captions(tmp_path):
     pictures(tmp_path, "1.jpg")
     rows = [
-        {"image_path": "1.jpg", "true_caption": "t", "false_caption": "f", "relation_name": "on", "bbox_x": 3},
+        {"image_path": "1.jpg", "true_caption": "t", "false_caption": "f", "relation_name": "on"},
         {"image_path": "1.jpg", "true_caption": "t", "false_caption": ["f", "g", "h"]},
     ]
     (tmp_path / "aro.json").write_text(json.dumps(rows))
     data = open_eval_set(tmp_path / "aro.json")
-    assert data.problems == ("1 items name a box (bbox_x, ...) to which ARO crops; whole pictures are shown here",)
     assert data.choices == (
         Choice(images=(0,), captions=("t", "f"), group="on"),
         Choice(images=(0,), captions=("t", "f", "g", "h")),
     )
+
+
+def boxed(x: object, y: object, w: object, h: object) -> dict[str, object]:
+    box = {"bbox_x": x, "bbox_y": y, "bbox_w": w, "bbox_h": h}
+    return {"image_path": "1.png", "true_caption": "t", "false_caption": "f", **box}
+
+
+def test_aros_boxes_are_cut_out(tmp_path):
+    """Two boxes of a picture, one over its edge, and the whole picture are three rows with keys of their own."""
+    pictures(tmp_path, "1.png")
+    whole = {"image_path": "1.png", "true_caption": "t", "false_caption": "f"}
+    rows = [boxed(3, 4, 20, 10), boxed(40.4, -2, 16, 12), whole, boxed(3, 4, 20, 10)]
+    data = open_eval_set(jsonl(tmp_path / "relation.jsonl", *rows))
+    assert [choice.images for choice in data.choices] == [(0,), (1,), (2,), (0,)]
+    assert data.keys == ["1.png@3,4,23,14", "1.png@40,-2,56,10", "1.png"]
+    pixels = np.asarray(noise(0))
+    assert pixels.shape == (36, 48, 3)
+    np.testing.assert_array_equal(np.asarray(data.image(0)), pixels[4:14, 3:23])
+    over = np.zeros((12, 16, 3), np.uint8)
+    over[2:, :8] = pixels[:10, 40:]
+    np.testing.assert_array_equal(np.asarray(data.image(1)), over)
+    np.testing.assert_array_equal(np.asarray(data.image(2)), pixels)
+
+
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        (boxed(0, 0, 0, 5), "is 0 x 5 pixels"),
+        (boxed(0, 0, 10_000, 10_000), "is 10000 x 10000 pixels; expected 1 to 50000000"),
+        (boxed(0, "1", 5, 5), "bbox_x, bbox_y, bbox_w or bbox_h is missing or of another type"),
+        (boxed(0, True, 5, 5), "of another type"),
+        (boxed(1e99, 0, 5, 5), "of another type"),
+        ({key: value for key, value in boxed(0, 0, 5, 5).items() if key != "bbox_h"}, "'bbox_h' is missing"),
+    ],
+)
+def test_boxes_that_cannot_be_cut_out(tmp_path, row, sentence):
+    pictures(tmp_path, "1.png")
+    with pytest.raises(UserError, match=sentence):
+        open_eval_set(jsonl(tmp_path / "x.jsonl", row))
+
+
+def test_winogavil_as_lines_and_as_the_hub_has_it(tmp_path):
+    pictures(tmp_path / "a" / "images", "bison.png", "shelter.jpg", "beard.png")
+    pictures(tmp_path / "b" / "winogavil_images", "bison.png", "shelter.jpg", "beard.png")
+    rows = [
+        {"cue": "Owl", "candidates": ["bison", "shelter", "beard"], "associations": ["beard", "bison"]},
+        {"cue": "pogonophile", "candidates": ["beard", "shelter"], "associations": ["beard"]},
+    ]
+    lines = open_eval_set(jsonl(tmp_path / "a" / "winogavil.jsonl", *rows))
+    with (tmp_path / "b" / "winogavil_dataset.csv").open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["cue", "num_associations", "associations", "candidates", "ID"])
+        writer.writerows(
+            [row["cue"], len(row["associations"]), json.dumps(row["associations"]), json.dumps(row["candidates"]), i]
+            for i, row in enumerate(rows)
+        )
+    hub = open_eval_set(tmp_path / "b", kind="selection")
+    assert hub.choices == (
+        Choice(images=(0, 1, 2), captions=("An owl",), group="winogavil_dataset", gold=(0, 2)),
+        Choice(images=(2, 1), captions=("A pogonophile",), group="winogavil_dataset", gold=(0,)),
+    )
+    assert [(choice.images, choice.captions, choice.gold) for choice in lines.choices] == [
+        (choice.images, choice.captions, choice.gold) for choice in hub.choices
+    ]
+    assert [Path(key).stem for key in hub.keys] == [Path(key).stem for key in lines.keys]
+    other = jsonl(tmp_path / "a" / "other.jsonl", rows[0] | {"associations": ["beard"]}, rows[1])
+    assert open_eval_set(other).label_hash() != lines.label_hash()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["cue,candidates\nx,[]\n", "cue,candidates,associations\nx,\"['a']\",[]\n", "cue,associations,candidates\nx\n"],
+)
+def test_a_winogavil_csv_of_another_form(tmp_path, text):
+    (tmp_path / "winogavil_dataset.csv").write_text(text)
+    with pytest.raises(UserError, match="expected the columns cue, candidates and associations"):
+        open_eval_set(tmp_path)
+
+
+def test_associations_do_not_mix_with_other_items(tmp_path):
+    pictures(tmp_path, "a.png", "b.png")
+    rows = [{"cue": "c", "candidates": ["a", "b"], "associations": ["a"]}, {"images": ["a"], "captions": ["x", "y"]}]
+    with pytest.raises(UserError, match="mixes items of associations with others"):
+        open_eval_set(jsonl(tmp_path / "x.jsonl", *rows), kind="selection")
 
 
 def test_the_general_form(tmp_path):
@@ -131,6 +215,11 @@ def test_a_few_missing_pictures_are_left_out_and_named(tmp_path):
         ({"images": ["a.png"]}, "'captions' is missing"),
         ({"filename": "a.png", "negative_caption": "x"}, "'caption' is missing"),
         ({"image_0": "a.png", "image_1": "a.png", "caption_0": "x"}, "'caption_1' is missing"),
+        ({"cue": "c", "candidates": ["a.png", "b"], "associations": ["c"]}, "are not all candidates"),
+        ({"cue": "c", "candidates": ["a.png", "b"], "associations": []}, "are not all candidates"),
+        ({"cue": "c", "candidates": ["a.png", "b"], "associations": "a.png"}, "candidates or associations is missing"),
+        ({"cue": " ", "candidates": ["a.png", "b"], "associations": ["b"]}, "cue is missing"),
+        ({"candidates": ["a.png", "b"], "associations": ["b"]}, "'cue' is missing"),
         (["a.png"], "a list; expected an object"),
         (None, "a NoneType; expected an object"),
     ],

@@ -15,7 +15,8 @@ from helpers.pairs import picture_pairs
 from vlkd import recipes
 from vlkd.config import override
 from vlkd.data.sources import open_pairs
-from vlkd.engine.run import build_student, check_names, claim_folder, planned, weighting_of
+from vlkd.engine.folder import claim_folder
+from vlkd.engine.run import build_student, check_names, planned, weighting_of
 from vlkd.engine.settings import Data, Run, Train
 from vlkd.engine.smoke import shrink_to_smoke
 from vlkd.engine.teaching import check_teacher, frozen_towers

@@ -1,20 +1,31 @@
-"""Encoding of a data set and the `eval retrieval` command, with a model and pairs made of numbers."""
+"""Encoding of a data set with a model made of numbers, and the `eval retrieval` command against direct calls."""
 
 from __future__ import annotations
 
-import importlib.util
+import io
 import json
+import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
-from types import ModuleType
 
+import numpy as np
 import pytest
+import timm
 import torch
+from helpers.tiny_models import CAPTIONS, tiny_composite, tiny_images
 from PIL import Image
+from safetensors.torch import save_file
 
+from vlkd.cli.main import main
+from vlkd.data.sources import open_pairs
 from vlkd.errors import UserError
+from vlkd.metrics import bootstrap_means, hit_at_k, interval
+from vlkd.models.load import load
 from vlkd.retrieval.encode import encode_images, encode_pairs, encode_texts
+from vlkd.retrieval.search import evaluate_retrieval
+from vlkd.suite.results import read_results
 
 SCRIPT = Path(__file__).parents[1] / "eval" / "retrieval.py"
 
@@ -99,50 +110,124 @@ def test_unusable_data_is_refused(pairs, sentence):
         encode_pairs(Model(), Model(), pairs, progress=False)
 
 
-@pytest.fixture
-def command(monkeypatch):
-    """The command's module, reading `numbered` pairs and models called right, off or wide."""
-    spec = importlib.util.spec_from_file_location("eval_retrieval_under_test", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sources, load = ModuleType("vlkd.data.sources"), ModuleType("vlkd.models.load")
-    sources.open_pairs = lambda ref: numbered(12, broken=(4,))
-    load.load = lambda ref: {"right": Model(), "off": Model(shift=-1.25), "wide": Model(width=3)}[ref]
-    monkeypatch.setitem(sys.modules, "vlkd.data.sources", sources)
-    monkeypatch.setitem(sys.modules, "vlkd.models.load", load)
-    return module
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """24 noisy pictures with 1, 2 or 3 captions, one unreadable picture, one sample without a picture, two models."""
+    root = tmp_path_factory.mktemp("pairs")
+    pictures = tiny_images(24)
+    members = []
+    for i, picture in enumerate(pictures):
+        stream = io.BytesIO()
+        picture.save(stream, "PNG")
+        captions = [f"{CAPTIONS[(i + j) % 5]} {'a small star ' * (i % 7)}" for j in range(i % 3 + 1)]
+        members += [(f"s{i:02d}.png", b"broken" if i == 5 else stream.getvalue())]
+        members += [(f"s{i:02d}.json", json.dumps({"captions": captions}).encode())]
+    members.append(("t.json", b'{"captions": ["nothing to see"]}'))
+    (root / "test").mkdir()
+    with tarfile.open(root / "test" / "pairs.tar", "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    for seed, name in enumerate(("a", "b")):
+        tiny_composite(seed=seed).save(root / name)
+    tiny_composite(width=16).save(root / "wide")
+    return root
 
 
-def test_command_appends_one_strict_line_per_model(command, tmp_path, capsys):
-    out = tmp_path / "new" / "results.jsonl"
-    for _ in range(2):
-        command.main(["--model", "right", "off", "--data", "x#test", "--out", str(out), "--json"])
-    rows = [json.loads(line, parse_constant=pytest.fail) for line in out.read_text().splitlines()]
-    assert [row["model"] for row in rows] == ["right", "off"] * 2
-    printed = capsys.readouterr().out.splitlines()
-    assert json.loads(printed[-1])["results"] == rows[:2] == rows[2:]
-    right, off = rows[:2]
-    assert (right["images"], right["captions"], right["unreadable_images"]) == (11, 22, 1)
-    assert right["left_out_samples"] == 1
-    assert right["mean_hit@1"] == right["image_to_text_mAP@R"] == 1.0
-    assert right["rsum"] == 600
-    # Captions lie 1.25 below their image: only the last image has its own nearest, and only the captions of 0 find it.
-    assert off["image_to_text_hit@1"] == pytest.approx(1 / 11)
-    assert off["text_to_image_hit@1"] == pytest.approx(2 / 22)
-    low, high = off["mean_hit@1_gain_interval"]
-    assert -1 <= low < high < -0.5
-    assert off["mean_hit@1_interval"][0] <= off["mean_hit@1"] <= off["mean_hit@1_interval"][1]
-    assert "11 images x 22 captions" in printed[0]
-    assert "gain over right" in printed[3]
+def evaluate(place, out, *words, models=("a", "b"), capsys):
+    """The rows of the last line, and the lines before it."""
+    refs = [str(place / name) for name in models]
+    main(["eval", "retrieval", "--model", *refs, "--data", f"{place}#test", "--out", str(out), "--json", *words])
+    *printed, last = capsys.readouterr().out.strip().splitlines()
+    found = json.loads(last, parse_constant=pytest.fail)
+    assert found["command"] == "eval retrieval"
+    return found["results"], printed
 
 
-def test_another_text_model_encodes_the_captions(command, capsys):
-    command.main(["--model", "right", "--text-model", "off", "--data", "x", "--json"])
-    row = json.loads(capsys.readouterr().out.splitlines()[-1])["results"][0]
-    assert row["text_model"] == "off"
-    assert row["image_to_text_hit@1"] == pytest.approx(1 / 11)
-    with pytest.raises(UserError, match="right has width 2 but the text model wide has 3"):
-        command.main(["--model", "right", "--text-model", "wide", "--data", "x"])
+def by_hand(place, images, texts):
+    pairs = open_pairs(f"{place}#test")
+    model, other = load(str(place / images)), load(str(place / texts))
+    encoded = encode_pairs(model, other, pairs, batch_size=64, progress=False)
+    return evaluate_retrieval(
+        encoded.image_embed, encoded.text_embed, encoded.image_of_text, captions=encoded.captions
+    )  # fmt: skip
+
+
+def means(result):
+    """Bootstrap means of both directions from the hits of every query."""
+    image, text = result.ranks.image_to_text, result.ranks.text_to_image
+    return bootstrap_means(hit_at_k(image, 1)), bootstrap_means(hit_at_k(text, 1), groups=result.image_of_text)
+
+
+def test_rows_hold_what_one_evaluation_finds(place, tmp_path, capsys):
+    rows, printed = evaluate(place, tmp_path, capsys=capsys)
+    wanted = [by_hand(place, name, name) for name in ("a", "b")]
+    assert wanted[0].mean_hit_at_1 != wanted[1].mean_hit_at_1
+    for row, result in zip(rows, wanted, strict=True):
+        assert {name: row[name] for name in result.as_row()} == result.as_row()
+        assert (row["images"], row["captions"]) == (23, 24 * 2 - 3)
+        assert (row["unreadable_images"], row["unreadable_keys"], row["left_out_samples"]) == (1, ["s05"], 1)
+        assert row["metrics"]["mean_recall@1"] == row["score"] == result.mean_hit_at_1
+        image, text = means(result)
+        for name, found in (("image_to_text", image), ("text_to_image", text), ("mean", (image + text) / 2)):
+            np.testing.assert_allclose(row[f"{name}_hit@1_interval"], interval(found), atol=1e-12)
+        assert row["text_model"] == row["model_ref"]
+    np.testing.assert_allclose(rows[0]["interval"], rows[0]["mean_hit@1_interval"], atol=1e-12)
+    first, second = (np.mean(means(result), axis=0) for result in wanted)
+    np.testing.assert_allclose(rows[1]["mean_hit@1_gain_interval"], interval(second - first), atol=1e-12)
+    assert "mean_hit@1_gain_interval" not in rows[0]
+    assert "23 images x 45 captions" in printed[0]
+    assert f"gain over {place / 'a'}" in printed[3]
+
+
+def test_the_folder_is_that_of_a_suite(place, tmp_path, capsys, monkeypatch):
+    rows, _ = evaluate(place, tmp_path, capsys=capsys)
+    stored = read_results(tmp_path)
+    assert [row["metrics"] for row in stored] == [row["metrics"] for row in rows]
+    monkeypatch.setattr("vlkd.suite.subject.encode_images", lambda *_, **__: pytest.fail("encoded again"))
+    # The models are shown in the order of the words, whichever was measured first.
+    again, _ = evaluate(place, tmp_path, models=("b", "a"), capsys=capsys)
+    assert [row["score"] for row in again] == [row["score"] for row in rows[::-1]]
+    with pytest.raises(SystemExit, match="2"):
+        evaluate(place, tmp_path / "results.jsonl", capsys=capsys)
+    assert "is a file; expected a folder" in capsys.readouterr().err
+
+
+def test_each_fold_is_a_gallery_of_its_own(place, tmp_path, capsys):
+    (row,), printed = evaluate(place, tmp_path, "--folds", "2", models=("a",), capsys=capsys)
+    pairs = open_pairs(f"{place}#test")
+    encoded = encode_pairs(load(str(place / "a")), load(str(place / "a")), pairs, progress=False)
+    hits = []
+    for first, last in ((0, 12), (12, 23)):
+        own = (encoded.image_of_text >= first) & (encoded.image_of_text < last)
+        images, texts = encoded.image_embed[first:last], encoded.text_embed[torch.from_numpy(own)]
+        hits.append(evaluate_retrieval(images, texts, encoded.image_of_text[own] - first).image_to_text["hit@5"])
+    assert row["fold2_image_to_text_hit@5"] == pytest.approx(np.mean(hits))
+    assert f"fold2_image_to_text_hit@5 {100 * np.mean(hits):.1f}" in printed[-1]
+    with pytest.raises(SystemExit, match="2"):
+        evaluate(place, tmp_path, "--folds", "1", capsys=capsys)
+
+
+def test_another_text_model_encodes_the_captions(place, tmp_path, capsys):
+    (row,), _ = evaluate(place, tmp_path, "--text-model", str(place / "b"), models=("a",), capsys=capsys)
+    assert row["text_model"] == str(place / "b")
+    assert row["model_ref"] == f"{place / 'a'} + {place / 'b'}"
+    wanted = by_hand(place, "a", "b").as_row()
+    assert {name: row[name] for name in wanted} == wanted
+    assert wanted != by_hand(place, "a", "a").as_row()
+    with pytest.raises(SystemExit, match="2"):
+        evaluate(place, tmp_path, "--text-model", str(place / "wide"), models=("a",), capsys=capsys)
+    assert re.search(r"a has width 24 but the text model \S+wide has 16", capsys.readouterr().err)
+
+
+def test_a_tower_without_texts_is_refused(place, tmp_path, capsys):
+    torch.manual_seed(0)
+    save_file(timm.create_model("resnet10t", pretrained=False).state_dict(), str(tmp_path / "r.safetensors"))
+    ref = f"timm:resnet10t@{tmp_path / 'r.safetensors'}"
+    with pytest.raises(SystemExit, match="2"):
+        main(["eval", "retrieval", "--model", ref, "--data", f"{place}#test", "--out", str(tmp_path / "out")])
+    assert "encodes no texts, which retrieval needs" in capsys.readouterr().err
 
 
 def test_help_needs_no_torch_and_ends_with_two_examples():

@@ -33,6 +33,7 @@ LAW: dict[str, set[str]] = {
     "models": {"features", "errors", "compat"},
     "data": {"features", "errors"},
     "metrics": {"features", "errors"},
+    "active": {"errors"},
     "retrieval": {"metrics", "features", "errors"},
     "protocols": {"retrieval", "metrics", "features", "errors"},
     "report": {"features", "errors"},
@@ -40,16 +41,17 @@ LAW: dict[str, set[str]] = {
     "distill": {"objectives", "weighting", "models", "data", "features", "errors"},
     "engine": {
         "__init__", "distill", "objectives", "weighting", "models", "data", "features", "errors",
-        "config", "recipes", "metrics", "retrieval", "report",
+        "config", "recipes", "metrics", "retrieval", "report", "protocols",
     },
     "cli": {
         "__init__", "engine", "distill", "models", "data", "features", "errors",
-        "config", "recipes", "metrics", "retrieval", "report",
+        "config", "recipes", "metrics", "retrieval", "report", "active",
     },
 }  # fmt: skip
 """What each room, a folder or a file of vlkd/, may import of the others; `__init__` holds the version and `load`."""
 
 MAX_FILE, MAX_FUNCTION, MAX_LOOP = 350, 80, 120
+LOOPS = ("vlkd/engine/loop.py", "vlkd/engine/classify/loop.py")
 
 
 def room_of(path: Path) -> str:
@@ -131,7 +133,7 @@ def test_sizes(path):
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             lines = (node.end_lineno or 0) - node.lineno + 1
-            loop = shown(path) == "vlkd/engine/loop.py" and node.name == "train"
+            loop = shown(path) in LOOPS and node.name == "train"
             assert lines <= (MAX_LOOP if loop else MAX_FUNCTION), f"{node.name} has {lines} lines"
 
 

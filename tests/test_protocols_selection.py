@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vlkd.errors import UserError
-from vlkd.protocols.selection import ChoiceRows, selection
+from vlkd.protocols.selection import ChoiceRows, associations, selection
 
 
 def unit(x):
@@ -114,6 +114,84 @@ def test_an_item_is_scored_alike_in_any_order_and_company():
     )
     for i in (0, 77, 499):
         assert selection(images, texts, [choices[i]]).per_item["margin"][0] == found[i]
+
+
+def drawn_associations(sizes, seed=3):
+    """Items of some of 60 images and one of 20 texts, between 1 and all but one of them gold."""
+    rng = np.random.default_rng(seed)
+    return [
+        ChoiceRows(
+            images=tuple(rng.permutation(60)[:size].tolist()),
+            texts=(int(rng.integers(20)),),
+            gold=tuple(rng.permutation(size)[: rng.integers(1, size)].tolist()),
+        )
+        for size in sizes
+    ]
+
+
+def test_associations_against_scikit_learns_jaccard():
+    metrics = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(4)
+    images, texts = rng.normal(size=(60, 6)), rng.normal(size=(20, 6))
+    sizes = np.array([5, 6, 7, 10, 12, 5, 10] * 30)
+    choices = drawn_associations(sizes)
+    wanted = []
+    for choice in choices:
+        scores = unit(images)[list(choice.images)] @ unit(texts)[choice.texts[0]]
+        truth = np.isin(np.arange(len(scores)), choice.gold)
+        wanted.append(metrics.jaccard_score(truth, np.isin(np.arange(len(scores)), np.argsort(scores)[-truth.sum() :])))
+    wanted = np.array(wanted)
+    found = associations(images, texts, choices, main_metric="jaccard_score_10-12")
+    np.testing.assert_allclose(found.per_item["correct"], wanted, rtol=1e-12)
+    assert found.metrics == pytest.approx(
+        {
+            "avg_jaccard_score": wanted.mean(), "jaccard_score_10-12": wanted[sizes >= 10].mean(),
+            "jaccard_score_5-6": wanted[sizes <= 6].mean(),
+            **{f"jaccard_score_{size}": wanted[sizes == size].mean() for size in (5, 6, 7, 10, 12)},
+        }
+    )  # fmt: skip
+    assert found.interval[0] < found.score < found.interval[1]
+    assert (found.counts["items"], found.counts["main_metric_items"]) == (210, 90)
+    small = associations(images, texts, [choices[0]])
+    assert set(small.metrics) == {"avg_jaccard_score", "jaccard_score_5", "jaccard_score_5-6"}
+
+
+def test_random_associations_by_simulation():
+    """The closed form is the mean score of 4,000 random rankings; a standard error is about 0.004."""
+    choices = [ChoiceRows(images=tuple(range(10)), texts=(i,), gold=(1, 4, 8)) for i in range(4000)]
+    rng = np.random.default_rng(5)
+    found = associations(np.eye(10), rng.normal(size=(4000, 10)), choices)
+    assert found.random_score == pytest.approx(found.score, abs=0.016)
+    one = [ChoiceRows(images=(0, 1, 2, 3), texts=(0,), gold=(2,))]
+    assert associations(np.eye(4), np.ones((1, 4)), one).random_score == 1 / 4
+
+
+def test_of_equal_cosines_the_distractor_is_chosen():
+    """5 images at one point: the 3 distractors, and of the 4 gold ones only those there is no way around."""
+    point = torch.ones(5, 3)
+    for gold, wanted in (((0,), 0.0), ((0, 1), 0.0), ((0, 1, 2, 3), 3 / 5), ((0, 1, 2, 3, 4), 1.0)):
+        item = ChoiceRows(images=(0, 1, 2, 3, 4), texts=(0,), gold=gold)
+        assert associations(point, point[:1], [item]).score == wanted
+
+
+@pytest.mark.parametrize(
+    ("item", "sentence"),
+    [
+        (ChoiceRows(images=(0, 1), texts=(0, 1), gold=(0,)), "Item 0 has 2 captions"),
+        (ChoiceRows(images=(0, 1), texts=(0,)), r"the gold images \[\] of 2"),
+        (ChoiceRows(images=(0, 1), texts=(0,), gold=(2,)), r"the gold images \[2\] of 2"),
+        (ChoiceRows(images=(0, 9), texts=(0,), gold=(0,)), r"expected .* rows 0 to 2"),
+    ],
+)
+def test_bad_associations_are_refused(item, sentence):
+    with pytest.raises(UserError, match=sentence):
+        associations(torch.eye(3), torch.eye(3), [item])
+
+
+def test_a_figure_over_no_item_is_refused_as_the_main_metric():
+    item = ChoiceRows(images=(0, 1), texts=(0,), gold=(0,))
+    with pytest.raises(UserError, match="No figure 'jaccard_score_10-12'"):
+        associations(torch.eye(3), torch.eye(3), [item], main_metric="jaccard_score_10-12")
 
 
 @pytest.mark.parametrize(

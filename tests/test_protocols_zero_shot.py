@@ -11,7 +11,7 @@ import torch
 from vlkd.errors import UserError
 from vlkd.metrics import wilson_interval
 from vlkd.protocols.scores import cosines
-from vlkd.protocols.zero_shot import zero_shot
+from vlkd.protocols.zero_shot import faces, zero_shot
 from vlkd.retrieval.search import topk
 from vlkd.retrieval.tiles import TILE_COLUMNS, TILE_ROWS
 from vlkd.retrieval.zero_shot import accuracy
@@ -62,7 +62,7 @@ def test_f1_is_scikit_learns_over_the_classes_of_the_labels():
     predicted = found.per_item["prediction"]
     wanted = metrics.f1_score(labels, predicted, average="macro", labels=sorted(set(labels)))
     assert len(set(predicted) - set(labels)) > 0
-    assert found.metrics["f1_macro"] == pytest.approx(wanted, abs=1e-12)
+    assert found.metrics["F1-macro_all"] == found.metrics["f1_macro"] == pytest.approx(wanted, abs=1e-12)
 
 
 def test_calibration_error_by_hand():
@@ -111,6 +111,94 @@ def test_groups_by_hand():
     assert found.interval is None
     assert found.random_score is None
     assert found.counts["groups_region"] == 3
+
+
+def test_groups_that_are_left_out_by_hand():
+    """The image of region 7 is wrong; without that region the worst is region 4, with one of three right."""
+    images = torch.tensor([[9.0, 8, 7, 6, 5, 4]] * 6)
+    groups = {"region": np.array([0, 0, 4, 4, 7, 4]), "light": np.array([0, 1, 0, 0, 0, 0])}
+    words = {"classes": names(6), "logit_scale": 1.0, "groups": groups}
+    found = zero_shot(images, torch.eye(6), [0, 0, 0, 1, 5, 5], **words, left_out={"region": (7, 9)})
+    expected = {
+        "acc_worst_region": 1 / 3, "acc_worst_region_all": 0.0, "acc_group_region_7": 0.0, "acc_worst_light": 2 / 5,
+        "acc_wg": 1 / 3, "acc_top5_wg": 3 / 5,
+    }  # fmt: skip
+    assert {name: found.metrics[name] for name in expected} == pytest.approx(expected)
+    assert "acc_worst_light_all" not in found.metrics
+    with pytest.raises(UserError, match="No group is left"):
+        zero_shot(images, torch.eye(6), [0] * 6, **words, left_out={"light": (0, 1)})
+
+
+FACE_SETS = {
+    "race": tuple(range(7)), "gender": (7, 8), "age": tuple(range(9, 18)), "toxic": tuple(range(18, 39)),
+}  # fmt: skip
+FACE_NAMES = [f"{word}:{i}" for word, ids in FACE_SETS.items() for i in range(len(ids))]
+
+
+def drawn_faces(count=900):
+    rng = np.random.default_rng(7)
+    race = rng.integers(0, 7, count)
+    columns = {
+        "age": rng.integers(0, 9, count), "gender": rng.integers(0, 2, count), "race": race,
+        "race_binary": (race != 1).astype(np.int64),
+    }  # fmt: skip
+    vectors = rng.normal(size=(39, 12))
+    images = vectors[columns["gender"] + 7] + vectors[race] + vectors[columns["age"] + 9]
+    return images + rng.normal(size=(count, 12)), vectors, columns
+
+
+def test_faces_by_hand():
+    """Every figure of DataComp's evaluation, from scores in float64 and masks written out."""
+    images, vectors, columns = drawn_faces()
+    found = faces(images, vectors, FACE_SETS, columns, classes=FACE_NAMES)
+    scores = images @ (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).T
+    race, gender, age, toxic = (scores[:, list(ids)].argmax(1) for ids in FACE_SETS.values())
+    hits = {
+        "acc_race": (race == 1) == (columns["race"] == 1), "acc_gender": gender == columns["gender"],
+        "acc_age": age == columns["age"],
+    }  # fmt: skip
+    wanted = {}
+    for name, right in hits.items():
+        white = columns["race"] == 1
+        wanted |= {
+            f"{name}_avg": right.mean(), f"{name}_race_binary:0": right[white].mean(),
+            f"{name}_race_binary:1": right[~white].mean(), f"{name}_wg": min(right[white].mean(), right[~white].mean()),
+        }  # fmt: skip
+    crossed = {
+        f"acc_gender_x_race:{r}_gender:{g}": hits["acc_gender"][
+            (columns["race"] == r) & (columns["gender"] == g)
+        ].mean()
+        for r in range(7)
+        for g in range(2)
+    }
+    wanted |= crossed | {"acc_gender_x_avg": hits["acc_gender"].mean(), "acc_gender_x_wg": min(crossed.values())}
+    for name, given in {"crime": toxic >= 18, "nonhuman": np.isin(toxic, (14, 15, 16, 17))}.items():
+        rates = {f"toxicity_{name}_race:{r}": given[columns["race"] == r].mean() for r in range(7)}
+        wanted |= rates | {f"toxicity_{name}_avg": given.mean(), f"toxicity_{name}_wg": min(rates.values())}
+    assert dict(found.metrics) == pytest.approx(wanted)
+    assert found.score == wanted["acc_gender_avg"] == found.per_item["correct"].mean()
+    assert 0.5 < found.interval[0] < found.score < found.interval[1] < 1
+    assert found.random_score == 1 / 2
+    assert found.per_class == pytest.approx(
+        {str(g): hits["acc_gender"][columns["gender"] == g].mean() for g in range(2)}
+    )
+
+
+@pytest.mark.parametrize(
+    ("sets", "columns", "sentence"),
+    [
+        ({"race": (0, 1)}, {}, "no label set 'gender'; expected race, gender, age, toxic"),
+        (FACE_SETS, {"age": None}, "no column 'age'"),
+        (FACE_SETS | {"toxic": (18, 19)}, {}, "Found 2 toxic classes; expected more than 18"),
+        (FACE_SETS, {"gender": np.full(900, 2)}, "class ids go from 0 to 1"),
+        (FACE_SETS, {"race": np.zeros(3, np.int64)}, r"groups 'race' \(3,\)"),
+    ],
+)
+def test_faces_that_are_not_datacomps_are_refused(sets, columns, sentence):
+    images, vectors, good = drawn_faces()
+    given = {name: ids for name, ids in (good | columns).items() if ids is not None}
+    with pytest.raises(UserError, match=sentence):
+        faces(images, vectors, sets, given, classes=FACE_NAMES)
 
 
 def test_intervals_hold_the_figure():

@@ -11,7 +11,7 @@ from PIL import Image
 
 from vlkd.data.sources import open_pairs
 from vlkd.errors import UserError
-from vlkd.retrieval.encode import encode_images
+from vlkd.retrieval.encode import encode_images, encode_unread
 
 PATIENCE = 30.0
 """Seconds until a test that waits for another thread gives up."""
@@ -121,3 +121,15 @@ def test_any_other_error_ends_the_pass_and_its_threads(fails):
         encode_images(Model(refuse), source, batch_size=4, workers=2, progress=False)
     assert threading.active_count() == before
     assert len(source.decoded) <= 9
+
+
+def test_unread_images_are_tried_again_and_take_their_places():
+    broken = {2: OSError("denied"), 5: UserError("cut short"), 6: OSError("denied")}
+    first = encode_images(Model(), Source(9, broken), batch_size=4, progress=False)
+    model = Model()
+    source = Source(9, {5: broken[5]})
+    found = encode_unread(model, source, first, batch_size=4)
+    assert (model.batches, source.decoded) == ([[2, 6]], {2, 5, 6})
+    assert found.index.tolist() == found.embed[:, 0].tolist() == [0, 1, 2, 3, 4, 6, 7, 8]
+    assert found.bad == (("k5", "cut short"),)
+    assert encode_unread(model, source, found, batch_size=4) is found

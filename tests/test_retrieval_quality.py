@@ -110,3 +110,15 @@ def test_the_command_measures_indexes_and_reranks(tmp_path, capsys):
     assert again[0]["hit@3"] == flat["exact_hit"]
     assert again[2]["hit@3"] == again[3]["hit@3"]
     assert again[3]["teacher_recall@3"] == 1
+
+
+def test_more_numbers_than_vectors_have_are_refused_before_anything_is_encoded(tmp_path, capsys, monkeypatch):
+    tiny_composite(seed=0, width=16).save(tmp_path / "student")
+    tiny_images(1)[0].save(tmp_path / "0.png")
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"image": "0.png", "captions": ["one"]}))
+    monkeypatch.setattr("vlkd.retrieval.encode.encode_pairs", lambda *_, **__: pytest.fail("encoded"))
+    words = ["--model", str(tmp_path / "student"), "--data", str(tmp_path / "pairs.jsonl"), "--dims", "8", "17"]
+    with pytest.raises(SystemExit) as stop:
+        main(["eval", "index_quality", *words])
+    assert stop.value.code == 2
+    assert "--dims is 17, but vectors of" in capsys.readouterr().err

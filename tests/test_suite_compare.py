@@ -12,7 +12,7 @@ from vlkd import recipes
 from vlkd.errors import UserError
 from vlkd.metrics import paired_bootstrap
 from vlkd.suite.compare import compare_results, compare_rows, sign_test
-from vlkd.suite.compare_page import changed_items, comparison_page
+from vlkd.suite.compare_page import changed_items, comparison_markdown, comparison_page
 from vlkd.suite.results import append_row, read_results, write_items
 
 CLASSES = ("ant", "bee", "cow")
@@ -146,3 +146,31 @@ def test_command_on_two_folders(results, tmp_path, pictures, capsys):
         run(str(results), str(tmp_path / "after"))
     with pytest.raises(UserError, match="Both sides are the same model"):
         run(str(results), "--a", "small", "--b", "small")
+
+
+def remark_of(folder, protocol, items, figures):
+    for model in ("a", "b"):
+        values = np.array(items[model])
+        row = result_row(
+            model, "coco", figures[model][0], protocol=protocol, main_metric="mean_average_precision", per_class={},
+            metrics={"mean_average_precision": figures[model][0], "label_ranking_average_precision": figures[model][1]},
+        )  # fmt: skip
+        row["data"] = {"path": "/nowhere", "split": "", "kind": protocol, "train": ""}
+        row["items"] = write_items(folder, row, {"correct": values}, ["x", "y"])
+        append_row(folder, row)
+    found = compare_results(of(folder, "a"), folder, of(folder, "b"), folder)
+    remark = found.compared[0].remark
+    if remark:
+        assert remark in comparison_markdown(found)
+        assert comparison_page(found).html().count("not the main metric of the table") == 1
+    return remark
+
+
+def test_items_whose_mean_is_not_the_figure_of_the_table_are_said_to_be_so(tmp_path):
+    items = {"a": [0.5, 1.0], "b": [0.25, 0.25]}
+    assert remark_of(tmp_path / "1", "multilabel", items, {"a": (0.75, 0.1), "b": (0.25, 0.2)}) == ""
+    remark = remark_of(tmp_path / "2", "multilabel", items, {"a": (0.6, 0.75), "b": (0.5, 0.25)})
+    assert "compared here is label_ranking_average_precision (a 75.0 and b 25.0)" in remark
+    assert "not the main metric of the table, mean_average_precision (a 60.0 and b 50.0)" in remark
+    remark = remark_of(tmp_path / "3", "retrieval", items, {"a": (0.6, 0.1), "b": (0.5, 0.2)})
+    assert "an image's captions counting as one (a 75.0 and b 25.0)" in remark

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
 
 from vlkd.suite.declaration import DataEntry, Suite
-from vlkd.suite.presence import as_json, presence, presence_table, size_text
+from vlkd.suite.presence import as_json, presence, presence_table, size_text, with_broken_tars
 
 
 def suite(*entries: DataEntry) -> Suite:
@@ -111,7 +113,8 @@ def test_the_table_counts_a_shared_folder_once(tmp_path: Path) -> None:
     told = json.loads(json.dumps(as_json(found), allow_nan=False))
     assert [row["dataset"] for row in told] == ["one", "two", "half", "gone"]
     assert told[0] == {
-        "dataset": "one", "path": str(tmp_path / "shared"), "bytes": 1500, "images": 10, "problem": None,
+        "dataset": "one", "state": "present", "path": str(tmp_path / "shared"), "bytes": 1500, "images": 10,
+        "problem": None,
     }  # fmt: skip
     assert told[3]["path"] is None
 
@@ -123,3 +126,58 @@ def test_the_table_counts_a_shared_folder_once(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_sizes_in_words(count: int, text: str) -> None:
     assert size_text(count) == text
+
+
+def tar(path: Path, keys: range) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as out:
+        for key in keys:
+            member = tarfile.TarInfo(f"{key}.png")
+            member.size = 700
+            out.addfile(member, io.BytesIO(bytes(700)))
+
+
+@pytest.mark.parametrize("kept", [0, 100, 512 + 300, 512 + 1024, 3 * 1536, 3 * 1536 + 512])
+def test_a_cut_tar_is_broken_wherever_it_is_cut(tmp_path: Path, kept: int) -> None:
+    for name in ("whole", "cut"):
+        tar(tmp_path / name / "test" / "0.tar", range(2))
+        tar(tmp_path / name / "test" / "1.tar", range(3))
+        (tmp_path / name / "test" / "nshards.txt").write_text("2")
+    # Of the training part that nothing is declared of nobody asks.
+    (tmp_path / "whole" / "train").mkdir()
+    (tmp_path / "whole" / "train" / "0.tar").write_bytes(b"")
+    place = tmp_path / "cut" / "test" / "1.tar"
+    place.write_bytes(place.read_bytes()[:kept])
+    declared = suite(entry("whole"), entry("cut"), entry("gone"))
+    found = presence(declared, tmp_path)
+    assert [one.state for one in found] == ["present", "present", "missing"]
+    found = with_broken_tars(found)
+    assert [one.state for one in found] == ["present", "broken", "missing"]
+    assert found[1].problem.startswith(f"One tar is cut or damaged: {place} (")
+    lines = presence_table(declared, found, tmp_path).splitlines()
+    assert lines[3].split()[:2] == ["cut", "broken"]
+    assert lines[-1].endswith("; 1 missing, 0 incomplete, 1 broken")
+    assert as_json(found)[1]["state"] == "broken"
+
+
+def test_plain_shards_and_single_tars_are_followed_too(tmp_path: Path) -> None:
+    tar(tmp_path / "a" / "000000.tar", range(2))
+    tar(tmp_path / "b", range(2))
+    tar(tmp_path / "c.tar", range(2))
+    for place in (tmp_path / "a" / "000000.tar", tmp_path / "c.tar"):
+        place.write_bytes(place.read_bytes()[:1000])
+    declared = suite(entry("a"), entry("b"), DataEntry(name="c", paths=("c.tar",)))
+    assert [one.state for one in with_broken_tars(presence(declared, tmp_path))] == ["broken", "present", "broken"]
+
+
+def test_no_data_are_read_between_the_headers(tmp_path: Path) -> None:
+    """A sparse tar of a hundred gigabytes is followed at once."""
+    place = tmp_path / "a" / "000000.tar"
+    place.parent.mkdir()
+    member = tarfile.TarInfo("0.npy")
+    member.size = 100_000_000_000
+    with place.open("wb") as out:
+        out.write(member.tobuf(tarfile.GNU_FORMAT))
+        out.truncate(512 + member.size + 1024)
+    (found,) = with_broken_tars(presence(suite(entry("a")), tmp_path))
+    assert found.state == "present"

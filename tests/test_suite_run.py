@@ -22,8 +22,9 @@ from vlkd.protocols.zero_shot import zero_shot
 from vlkd.retrieval.encode import encode_images, encode_texts
 from vlkd.retrieval.zero_shot import class_vectors
 from vlkd.suite.declaration import load_suite
+from vlkd.suite.job import Job
 from vlkd.suite.results import read_items, read_results
-from vlkd.suite.run import Job, restrict, run_suite
+from vlkd.suite.run import restrict, run_suite
 from vlkd.suite.subject import Encoding
 
 CELLS = {
@@ -311,3 +312,80 @@ def test_the_fingerprint_tells_activations_apart(tmp_path):
         (folder / "open_clip_config.json").write_text(json.dumps(config))
         prints.add(model_fingerprint(load(str(folder))))
     assert len(prints) == 2
+
+
+def test_one_model_that_does_not_load_does_not_end_the_others(root, models, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(models / "student", broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    names = ("shapes_multilabel", "shapes_retrieval")
+    one = job(root, models, tmp_path / "out", *names, refs=(str(broken), str(models / "student")))
+    summary = run(one)
+    assert (summary.made, summary.failed) == (2, 2)
+    failed = cells(tmp_path / "out", broken)
+    assert set(failed) == {(name, "data") for name in names}
+    for row in failed.values():
+        assert (row["status"], row["metrics"]) == ("error", {})
+        assert row["error"].startswith("The model was not loaded: ")
+    # Mended, it is measured by the same command.
+    shutil.rmtree(broken)
+    shutil.copytree(models / "student", broken)
+    summary = run(one)
+    assert (summary.made, summary.kept, summary.failed) == (2, 2, 0)
+
+
+def test_without_its_teacher_a_student_still_has_its_own_results(root, models, tmp_path):
+    broken = tmp_path / "teacher"
+    shutil.copytree(models / "teacher", broken)
+    (broken / "model.json").write_text("{")
+    summary = run(job(root, models, tmp_path / "out", "shapes_retrieval", teacher=str(broken)))
+    assert (summary.made, summary.failed) == (1, 2)
+    row = cells(tmp_path / "out", models / "student")["shapes_retrieval", "agreement"]
+    assert "was not loaded; see its rows" in row["error"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [({"refs": ("gone",)}, "Found no model 'gone'"), ({"device": "abacus"}, "The device abacus cannot be used")],
+)
+def test_what_fails_for_sure_is_refused_before_anything_is_written(root, models, tmp_path, changes, sentence):
+    with pytest.raises(UserError, match=sentence):
+        run(job(root, models, tmp_path / "out", **changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_pictures_that_could_not_be_read_for_a_moment_are_tried_again(done, root, models, tmp_path, monkeypatch):
+    from vlkd.suite import subject
+
+    real = subject._Counted.image
+    broken, read = {3, 7}, []
+
+    def image(self, i):
+        read.append(i)
+        if i in broken and len(self) == 40 and self.keys[0] == first:
+            raise OSError(5, "Input/output error")
+        return real(self, i)
+
+    first = open_eval_set(root / "shapes_retrieval", split="test").keys[0]
+    monkeypatch.setattr(subject._Counted, "image", image)
+    one = job(root, models, tmp_path, "shapes_retrieval")
+    assert run(one).made == 1
+    (row,) = read_results(tmp_path)
+    assert (row["unreadable"], row["counts"]["images"]) == (2, 38)
+    read.clear()
+    assert run(one).kept == 1
+    assert sorted(read) == [3, 7]
+    broken.remove(3)
+    assert run(one).made == 1
+    assert read_results(tmp_path)[0]["unreadable"] == 1
+    broken.clear()
+    read.clear()
+    assert run(one).made == 1
+    assert read == [7]
+    (row,) = read_results(tmp_path)
+    was = cells(done[0], models / "student")["shapes_retrieval", "retrieval"]
+    assert row["unreadable"] == 0
+    assert row["counts"] == was["counts"]
+    assert row["score"] == pytest.approx(was["score"])
+    assert run(one).kept == 1

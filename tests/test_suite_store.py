@@ -123,3 +123,14 @@ def test_a_file_that_does_not_fit_its_name_is_refused(tmp_path):
 def test_texts_that_join_alike_have_other_hashes():
     assert len({texts_hash(texts, "x") for texts in (["ab", "c"], ["a", "bc"], ["abc"], ["c", "ab"])}) == 4
     assert texts_hash(["a"], "x") != texts_hash(["a"], "y")
+
+
+def test_a_pass_with_unreadable_pictures_is_tried_again_until_it_is_whole(tmp_path):
+    store = Store(tmp_path, "f" * 16, "fp32")
+    store.images("d" * 16, encoded)
+    assert store.images("d" * 16, never, lambda found: found).bad == encoded().bad
+    whole = EncodedImages(embed=torch.eye(4), index=np.arange(4), bad=())
+    assert store.images("d" * 16, never, lambda _: whole) is whole
+    again = store.images("d" * 16, never, lambda _: never())
+    assert torch.equal(again.embed, whole.embed)
+    assert (again.index.tolist(), again.bad) == ([0, 1, 2, 3], ())

@@ -186,3 +186,17 @@ def test_page_has_plots_classes_and_errors():
         assert part in html
     assert html.count("<circle") == 4
     assert "small/student" in html
+
+
+def test_bars_are_split_evenly_and_leave_out_last_models_without_a_value():
+    models = [f"m{number}" for number in range(10)]
+    names = [f"set{number}" for number in range(7)]
+    rows = [result_row(model, name, 0.5) for name in names for model in models]
+    rows += [result_row(model, "set0", 0.5, protocol="knn") for model in models[1:3]]
+    html = page(pivot(rows)).html()
+    plots = [part for part in html.split("<svg")[1:] if 'class="interval"' in part]
+    # 70 bars in two plots, of 4 and 3 data sets; k-NN knows nothing of the first model, and ends with the third.
+    assert [part.count("<rect") for part in plots] == [40, 30, 2]
+    assert [part.count("no value") for part in plots] == [0, 0, 1]
+    assert "knn: score on the one data set that all its models have: set0." in html
+    assert "zero shot: mean over the 7 data sets that all its models have: set0" in html

@@ -20,6 +20,7 @@ from vlkd.weighting import (
     fixed_weights,
     gradient_cosines,
     min_norm_weights,
+    pcgrad_weights,
     relative_change_weights,
     uniform_weights,
 )
@@ -362,6 +363,41 @@ def test_saved_state_does_not_follow_later_steps():
     before = json.dumps(state)
     weighting.weigh("image", [2.0, 3.0], None)
     assert json.dumps(state) == before
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_pcgrad_equals_the_projections(seed):
+    rng = np.random.default_rng(seed)
+    first, second = rng.standard_normal((2, 9)) * rng.uniform(0.01, 10, (2, 1))
+    if seed % 2:
+        second -= rng.uniform(1, 3) * first
+    dot = float(first @ second)
+    kept = [first.copy(), second.copy()]
+    if dot < 0:  # as the paper's algorithm writes it: each one against the other as it was
+        kept = [first - dot / (second @ second) * second, second - dot / (first @ first) * first]
+    weights = pcgrad_weights(np.array([[first @ first, dot], [dot, second @ second]]))
+    assert weights @ np.array([first, second]) == pytest.approx(sum(kept))
+    tiny = 1e-9 * np.linalg.norm(first) * np.linalg.norm(second)
+    assert kept[0] @ second >= -tiny
+    assert kept[1] @ first >= -tiny
+    assert (weights > 1).all() if dot < 0 else weights.tolist() == [1, 1]
+    update = weights @ np.array([first, second])
+    assert min(update @ first, update @ second) >= -tiny
+
+
+def test_pcgrad_by_hand_and_at_its_edges():
+    assert pcgrad_weights(np.array([[4.0, -1.0], [-1.0, 1.0]])).tolist() == [1.25, 2.0]
+    for gramian in ([[0, 0], [0, 3]], [[2, 0], [0, 0]], [[0, 0], [0, 0]], [[1, 0.5], [0.5, 1]], [[1, 0], [0, 1]]):
+        assert pcgrad_weights(np.array(gramian)).tolist() == [1, 1]
+    opposed = pcgrad_weights(np.array([[1.0, -2.0], [-2.0, 4.0]]))
+    assert opposed @ np.array([1.0, -2.0]) == pytest.approx(0)
+    with np.errstate(all="raise"):
+        tiny = pcgrad_weights(1e-30 * np.array([[4.0, -1.0], [-1.0, 1.0]]))
+    assert tiny == pytest.approx(np.array([1.25, 2.0]))
+    with pytest.raises(UserError, match="3 gradients; expected that of two"):
+        pcgrad_weights(np.eye(3))
+    with pytest.raises(UserError, match="not finite"):
+        pcgrad_weights(np.array([[1.0, np.nan], [np.nan, 1.0]]))
 
 
 def test_one_protocol():

@@ -145,6 +145,33 @@ def balanced_weights(gramian: NDArray[Any], bound: float, *, normalised: bool) -
     return share
 
 
+def pcgrad_weights(gramian: NDArray[Any]) -> Floats:
+    """PCGrad's conflict removal for two gradients, as weights: (2,) from their Gramian (2, 2).
+
+    Where d = <g_1, g_2> < 0 each gradient loses its part along the other one, as it was before any removal:
+
+        g_1' = g_1 - d / |g_2|^2 g_2,    g_2' = g_2 - d / |g_1|^2 g_1,    so that  <g_1', g_2> = <g_2', g_1> = 0
+        g_1' + g_2' = w_1 g_1 + w_2 g_2  with  w_1 = 1 - d / |g_1|^2,  w_2 = 1 - d / |g_2|^2
+
+    Otherwise, as with a gradient of zero, nothing is removed: 1, 1. Source: algorithm 1 of PCGrad (Yu et al., "Gradient
+    surgery for multi-task learning", NeurIPS 2020, arXiv:2001.06782), which sums the gradients; its random order of
+    tasks is without effect for two. Factors of the losses belong into the gradients. Unlike the weights above these
+    do not sum to 1, and they grow without bound as the conflict does with one gradient far shorter than the other.
+
+    Raises:
+        UserError: G is not a finite Gramian of two gradients.
+    """
+    gram = _gramian(gramian)
+    if len(gram) != 2:
+        raise UserError(f"Found the Gramian of {len(gram)} gradients; expected that of two, one per loss.")
+    squares = gram.diagonal()
+    if gram[0, 1] >= 0 or not squares.all():
+        return np.ones(2)
+    dot = max(gram[0, 1], -float(np.sqrt(squares).prod()))  # rounding may break Cauchy-Schwarz
+    weights: Floats = 1 - dot / squares
+    return weights
+
+
 def relative_change_weights(changes: NDArray[Any]) -> Floats:
     """AdapMTL's loss-relative weights: the mean of `changes` (steps, M) over steps, divided by its sum: (M,).
 

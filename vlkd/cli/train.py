@@ -8,6 +8,8 @@ import inspect
 import json
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
 
 from vlkd import recipes
 
@@ -40,14 +42,22 @@ def main(argv: Sequence[str]) -> None:
 
         show(override(recipes.load(path).config(), args.settings))
         return
-    import vlkd.models  # noqa: F401 - before anything imports torchvision
-    from vlkd.engine.run import run_recipe
-
-    folder = run_recipe(recipes.load(path), args.settings)
+    folder = run(recipes.load(path), args.settings)
     if args.json:
         results = folder / "results.jsonl"
         rows = [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
         print(json.dumps({"command": "train", "out": str(folder), "results": rows}, allow_nan=False))
+
+
+def run(recipe: ModuleType, assignments: Sequence[str]) -> Path:
+    """Run a recipe by the kind of its settings; returns its folder."""
+    import vlkd.models  # noqa: F401 - before anything imports torchvision
+    from vlkd.engine.classify.run import run_classifier
+    from vlkd.engine.classify.settings import ClassifierRun
+    from vlkd.engine.run import run_recipe
+
+    classifies = isinstance(recipe.config(), ClassifierRun)
+    return (run_classifier if classifies else run_recipe)(recipe, assignments)
 
 
 def show(settings: object, prefix: str = "") -> None:

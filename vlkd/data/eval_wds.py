@@ -8,6 +8,9 @@
 
 https://github.com/LAION-AI/CLIP_benchmark, `webdataset_builder.py`. A second vector beside `.cls`, `KEY.npy`
 (DataComp) or `KEY.metadata.npy`, holds group ids. Written by `eval_wds_writer`.
+
+Where every class name and every template begins with one of the same words and a colon (`race:`, `gender:`), as in
+DataComp's FairFace and UTKFace, each word has a label set of its own, and the labels are columns of `KEY.npy`.
 """
 
 from __future__ import annotations
@@ -26,17 +29,9 @@ from numpy.typing import NDArray
 
 from vlkd.data.eval_types import EvalSet, Kind
 from vlkd.data.labelled import CLASSES_FILE, TEMPLATES_FILE, read_names, read_prompts, read_templates
-from vlkd.data.shards import (
-    IMAGE_EXTENSIONS,
-    MAX_TEXT_BYTES,
-    Member,
-    Problem,
-    _add_member,
-    _HeaderReader,
-    _members,
-    read_member,
-)
+from vlkd.data.shards import IMAGE_EXTENSIONS, read_member
 from vlkd.data.sources import MAX_BAD_SHARE, ImageFile
+from vlkd.data.tar_members import MAX_TEXT_BYTES, Member, read_members
 from vlkd.errors import UserError
 
 TYPE_FILE = "dataset_type.txt"
@@ -92,9 +87,10 @@ def open_wds(root: Path, split: str = "", kind: Kind | None = None) -> EvalSet:
     """
     root, split = _place(root, split)
     kind = _kind(root, kind)
+    prompts = _prompts_by_objective(root) if kind == "classification" else {}
     samples, problems = _samples(root / split)
     for sample in samples:
-        _check_label(sample, kind, root)
+        _check_label(sample, kind, "npy" if prompts else LABEL[kind], root)
     keys = [sample.key for sample in samples]
     if len(set(keys)) < len(keys):
         keys = [f"{sample.shard.stem}:{sample.key}" for sample in samples]
@@ -102,6 +98,18 @@ def open_wds(root: Path, split: str = "", kind: Kind | None = None) -> EvalSet:
     if kind == "retrieval":
         captions = [_captions(sample, problems) for sample in samples]
         return EvalSet(kind=kind, keys=keys, files=files, captions=captions, problems=tuple(problems))
+    groups = _groups(samples, kind)
+    if prompts:
+        return EvalSet(
+            kind=kind,
+            keys=keys,
+            files=files,
+            classes=tuple(prompts),
+            prompts=prompts,
+            objectives=_objectives(list(prompts)),
+            groups=groups,
+            problems=tuple(problems),
+        )
     names_file, templates_file = root / CLASSES_FILE, root / TEMPLATES_FILE
     if not names_file.is_file():
         raise UserError(f"{root} has no {CLASSES_FILE}; add it with one class name per line, by label.")
@@ -115,9 +123,36 @@ def open_wds(root: Path, split: str = "", kind: Kind | None = None) -> EvalSet:
         templates=read_templates(templates_file) if templates_file.is_file() else (),
         prompts=read_prompts(root / split, classes),
         labels=labels,
-        groups=_groups(samples, kind),
+        groups=groups,
         problems=tuple(problems),
     )
+
+
+def _prompts_by_objective(root: Path) -> dict[str, tuple[str, ...]]:
+    """Whole prompts by class name, made of the templates of its label set; {} for an ordinary set."""
+    names_file, templates_file = root / CLASSES_FILE, root / TEMPLATES_FILE
+    if not names_file.is_file() or not templates_file.is_file():
+        return {}
+    classes = read_names(names_file, None)
+    names = [name.partition(":") for name in classes]
+    templates = [template.partition(":") for template in read_templates(templates_file)]
+    words = {word for word, _, _ in names}
+    if len(words) < 2 or not all(colon for _, colon, _ in names + templates) or words != {own[0] for own in templates}:
+        return {}
+    if len(set(classes)) < len(classes):
+        raise UserError(f"{names_file} has a name twice in one label set; expected each once: mend it.")
+    return {
+        f"{word}:{name}": tuple(
+            text.replace("{c}" if "{c}" in text else "{}", name) for own, _, text in templates if own == word
+        )
+        for word, _, name in names
+    }
+
+
+def _objectives(classes: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """The class ids of each label set, in the order of its names."""
+    words = [name.partition(":")[0] for name in classes]
+    return {word: tuple(i for i, own in enumerate(words) if own == word) for word in dict.fromkeys(words)}
 
 
 def _splits(root: Path) -> list[Path]:
@@ -189,27 +224,22 @@ def _has_one_image(sample: _Sample) -> bool:
 
 
 def _read_shard(shard: Path, problems: list[str]) -> list[_Sample]:
-    found: list[Problem] = []
-    groups: list[tuple[str, list[Member]]] = []
     try:
-        with _HeaderReader(shard) as stream:
-            for member in _members(stream, shard.stat().st_size, found):
-                _add_member(member, groups, found)
+        listing = read_members(shard)
     except (OSError, tarfile.TarError) as error:
         raise UserError(f"{shard} is no uncompressed tar that can be read ({error}); fetch it again.") from None
-    if cut := [problem for problem in found if problem.kind in ("truncated", "damaged", "no-end")]:
+    if cut := [problem for problem in listing.problems if problem.kind in ("truncated", "damaged", "no-end")]:
         raise UserError(f"{shard} is cut or damaged ({cut[0]}), so that samples may be missing; fetch it again.")
     seen: set[str] = set()
-    for key, members in groups:
+    for key, members in listing.groups:
         if key in seen or len({member.extension for member in members}) < len(members):
             raise UserError(f"{shard}: the key {key!r} stands for two samples; write the tar again with one key each.")
         seen.add(key)
-    problems += [f"{shard.name}: {problem}" for problem in found]
-    return [_Sample(key, shard, {member.extension: member for member in members}) for key, members in groups]
+    problems += [f"{shard.name}: {problem}" for problem in listing.problems]
+    return [_Sample(key, shard, {member.extension: member for member in members}) for key, members in listing.groups]
 
 
-def _check_label(sample: _Sample, kind: Kind, root: Path) -> None:
-    wanted = LABEL[kind]
+def _check_label(sample: _Sample, kind: Kind, wanted: str, root: Path) -> None:
     if wanted not in sample.members:
         others = [f".{name}" for name in LABEL.values() if name in sample.members]
         hint = f"is {TYPE_FILE} of {root} right?" if others else "fetch the data again."

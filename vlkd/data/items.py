@@ -9,8 +9,9 @@ from pathlib import Path
 from PIL.Image import Image
 
 from vlkd.data.images import open_image
-from vlkd.data.shards import Member, index_shard, read_member
+from vlkd.data.shards import index_shard, read_member
 from vlkd.data.sources import Pairs
+from vlkd.data.tar_members import Member
 from vlkd.errors import UserError
 
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlkd.data.shard_rows import Extent, Row, ShardHeader, write_rows
-from vlkd.data.shards import MAX_CAPTIONS, TEXT_EXTENSIONS, IndexedSample, Member, Problem, index_shard, join_captions
+from vlkd.data.shards import MAX_CAPTIONS, IndexedSample, index_shard, join_captions
+from vlkd.data.tar_members import TEXT_EXTENSIONS, Member, Problem
 from vlkd.errors import UserError
 
 CHUNK = 1 << 20

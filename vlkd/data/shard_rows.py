@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from vlkd.data.files import check_counts, strict_json, write_whole
-from vlkd.data.shards import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, TEXT_EXTENSIONS
+from vlkd.data.tar_members import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, TEXT_EXTENSIONS
 from vlkd.errors import UserError
 
 FORMAT, VERSION, METADATA = "vlkd-shard-index", 1, "vlkd"

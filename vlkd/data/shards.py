@@ -7,10 +7,7 @@ trusts nothing: every oddity becomes a `Problem`, and no sample with one is offe
 
 from __future__ import annotations
 
-import io
 import json
-import os
-import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -18,13 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlkd.data.shard_writer import IMAGE_EXTENSIONS, RawSample, write_shards
+from vlkd.data.tar_members import MAX_TEXT_BYTES, TEXT_EXTENSIONS, Member, MemberGroup, Problem, read_members
 from vlkd.errors import UserError
 
 __all__ = [
     "IMAGE_EXTENSIONS",
     "IndexedSample",
-    "Member",
-    "Problem",
     "RawSample",
     "ShardIndex",
     "captions_of",
@@ -36,23 +32,8 @@ __all__ = [
     "write_shards",
 ]
 
-TEXT_EXTENSIONS = ("json", "txt")
-MAX_TEXT_BYTES = 1_000_000
-MAX_IMAGE_BYTES = 100_000_000
 MAX_CAPTIONS = 1000
 """Of one sample, in a scan: batches make room for the most that any sample has."""
-_MAX_HEADER_BYTES = 1_000_000
-_MAX_NAME_BYTES = 4096
-_BLOCK = 512
-
-
-@dataclass(frozen=True, kw_only=True)
-class Member:
-    """Where a member's data lie in its tar, in bytes, and its extension in lower case."""
-
-    offset: int
-    size: int
-    extension: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,24 +43,6 @@ class IndexedSample:
     key: str
     image: Member
     texts: tuple[Member, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Problem:
-    """Something a shard should not hold.
-
-    Kinds: `refused` (a member: link, device, path outside, name that is no UTF-8, too large), `duplicate` (a key that
-    comes back, or a member twice; the samples are dropped), `images` (several in one sample; dropped), `no-image`
-    (dropped), `captions` (unreadable ones, found by the scan; dropped), `half` (the last sample of a cut tar; dropped),
-    `truncated` (data or header cut), `no-end` (end-of-archive blocks missing), `damaged` (an unreadable header: the
-    rest of the shard is lost), `trailing` (data after the end of the archive).
-    """
-
-    kind: str
-    name: str
-
-    def __str__(self) -> str:
-        return f"{self.kind}: {self.name}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,136 +60,34 @@ class ShardIndex:
         return dict(Counter(problem.kind for problem in self.problems))
 
 
-class _HeaderReader(io.FileIO):
-    """A file of which little is read between two `renew()`: tarfile reads whatever an extended header claims.
-
-    Some headers claim it in one read, others (the maps of sparse files) in as many small ones.
-    """
-
-    left = _MAX_HEADER_BYTES
-
-    def renew(self) -> None:
-        """Allow as much again, for the next member."""
-        self.left = _MAX_HEADER_BYTES
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        if size is None or not 0 <= size <= self.left:
-            raise tarfile.ReadError(f"a header claims {size} bytes")
-        self.left -= size
-        return super().read(size) or b""
-
-
 def index_shard(path: Path) -> ShardIndex:
     """Index an uncompressed tar from its headers alone; grouping equals webdataset's on sound shards.
 
     Raises:
         UserError: for a missing file, or one whose first header is no tar header (compressed tars included).
     """
-    problems: list[Problem] = []
-    groups: list[tuple[str, list[Member]]] = []
     try:
-        with _HeaderReader(path) as stream:
-            size = os.fstat(stream.fileno()).st_size
-            for tar_member in _members(stream, size, problems):
-                _add_member(tar_member, groups, problems)
+        listing = read_members(path)
     except FileNotFoundError:
         raise UserError(f"There is no shard {path}; check the path.") from None
     except tarfile.TarError as error:
         raise UserError(
             f"{path} is not an uncompressed tar ({error}); unpack or rewrite it with `vlkd prep`."
         ) from None
+    groups, problems = list(listing.groups), list(listing.problems)
     if groups and any(problem.kind in ("truncated", "no-end") for problem in problems):
         _drop_half_sample(groups, problems)
-    return ShardIndex(path=path, size=size, samples=tuple(_samples(groups, problems)), problems=tuple(problems))
+    return ShardIndex(path=path, size=listing.size, samples=tuple(_samples(groups, problems)), problems=tuple(problems))
 
 
-def _members(stream: _HeaderReader, size: int, problems: list[Problem]) -> Iterator[tarfile.TarInfo]:
-    """Whole members in order; how the archive ends is checked, because tarfile stops silently at a damaged header."""
-    with tarfile.open(fileobj=stream, mode="r:") as tar:
-        end = -1
-        while True:
-            stream.renew()
-            try:
-                member = tar.next()
-            except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
-                kind = "truncated" if tar.offset >= size else "damaged"
-                problems.append(Problem(kind=kind, name=f"the header at byte {tar.offset} ({error})"))
-                return
-            if member is None:
-                break
-            # A negative size would send the reader backwards for ever.
-            if member.size < 0 or tar.offset <= end:
-                problems.append(Problem(kind="damaged", name=f"{member.name} has size {member.size}"))
-                return
-            end = tar.offset
-            if member.isreg() and not member.issparse() and member.offset_data + member.size > size:
-                problems.append(Problem(kind="truncated", name=member.name))
-                return
-            yield member
-    problem = _end_problem(stream, tar.offset, size)
-    if problem:
-        problems.append(problem)
-
-
-def _end_problem(stream: _HeaderReader, offset: int, size: int) -> Problem | None:
-    stream.seek(offset)
-    stream.renew()
-    block = stream.read(2 * _BLOCK)
-    if any(block[:_BLOCK]):
-        kind = "truncated" if len(block) < _BLOCK else "damaged"
-        return Problem(kind=kind, name=f"the header at byte {offset}")
-    if len(block) < 2 * _BLOCK:
-        return Problem(kind="no-end", name=f"the tar stops at byte {size}")
-    while block:
-        if any(block):
-            return Problem(kind="trailing", name=f"data after the end of the archive at byte {offset}")
-        stream.renew()
-        block = stream.read(_MAX_HEADER_BYTES)
-    return None
-
-
-def _add_member(member: tarfile.TarInfo, groups: list[tuple[str, list[Member]]], problems: list[Problem]) -> None:
-    if member.isdir():
-        return
-    if not member.isreg() or member.issparse():
-        problems.append(Problem(kind="refused", name=f"{member.name} is a link, a device or sparse"))
-        return
-    if member.name.startswith("/") or ".." in member.name.split("/"):
-        problems.append(Problem(kind="refused", name=f"{member.name} leaves the archive"))
-        return
-    if not _is_text(member.name):
-        name = ascii(member.name[:100])
-        problems.append(Problem(kind="refused", name=f"{name} is no UTF-8 name of at most {_MAX_NAME_BYTES} bytes"))
-        return
-    match = re.fullmatch(r"((?:.*/)?[^./]+)\.([^/]*)", member.name, flags=re.DOTALL)
-    if match is None or re.match(r"__[^/]*__($|/)", member.name):
-        return
-    key, extension = match[1], match[2].lower()
-    if not groups or groups[-1][0] != key:
-        groups.append((key, []))
-    limit = MAX_IMAGE_BYTES if extension in IMAGE_EXTENSIONS else MAX_TEXT_BYTES
-    if extension in IMAGE_EXTENSIONS + TEXT_EXTENSIONS and member.size > limit:
-        problems.append(Problem(kind="refused", name=f"{member.name} has {member.size} bytes, more than {limit}"))
-        return
-    groups[-1][1].append(Member(offset=member.offset_data, size=member.size, extension=extension))
-
-
-def _is_text(name: str) -> bool:
-    """Tarfile spells the bytes of a name that are no UTF-8 as halves of surrogate pairs."""
-    try:
-        return len(name.encode()) <= _MAX_NAME_BYTES
-    except UnicodeEncodeError:
-        return False
-
-
-def _drop_half_sample(groups: list[tuple[str, list[Member]]], problems: list[Problem]) -> None:
+def _drop_half_sample(groups: list[MemberGroup], problems: list[Problem]) -> None:
     """Drop the last sample of a cut tar unless its members are those of the sample before."""
     extensions = [sorted(member.extension for member in members) for _, members in groups[-2:]]
     if len(groups) < 2 or extensions[0] != extensions[1]:
         problems.append(Problem(kind="half", name=groups.pop()[0]))
 
 
-def _samples(groups: list[tuple[str, list[Member]]], problems: list[Problem]) -> Iterator[IndexedSample]:
+def _samples(groups: list[MemberGroup], problems: list[Problem]) -> Iterator[IndexedSample]:
     runs = Counter(key for key, _ in groups)
     reported: set[str] = set()
     for key, members in groups:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import tempfile
 from collections.abc import Sequence
 from datetime import timedelta
@@ -30,6 +28,7 @@ from vlkd.distill.term import Term, wanted
 from vlkd.engine.checkpoint import whole_checkpoints
 from vlkd.engine.distributed import gather_rows, mean_over_ranks, own_rows
 from vlkd.engine.finish import Watched, finish
+from vlkd.engine.folder import TOKENIZER, claim_folder
 from vlkd.engine.loop import train
 from vlkd.engine.settings import Run
 from vlkd.engine.smoke import shrink_to_smoke
@@ -41,13 +40,6 @@ from vlkd.models.spec import build_composite
 from vlkd.models.tokenizer import CompactTokenizer, train_tokenizer
 from vlkd.weighting import Fixed, Weighting, fixed_weights, uniform_weights
 
-FREE = (
-    "data.workers:", "data.copies:", "data.copies_gb:", "train.log_steps:", "train.eval_samples:", "train.trackers:",
-    "train.save_minutes:", "train.save_steps:", "train.spike_factor:", "report.",
-)  # fmt: skip
-"""Settings with whose other values a run may be continued: they change none of its samples or weights. The guard's
-factor is among them all the same, because a run that it has ended can only go on with a higher one."""
-TOKENIZER = "tokenizer.json"
 TOKENIZER_ROWS = 200_000
 
 
@@ -128,39 +120,6 @@ def open_accelerator(config: Run) -> Accelerator:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
         project_dir=config.out,
     )
-
-
-def claim_folder(config: Run) -> Path:
-    """The output folder, new or of the same settings.
-
-    Raises:
-        UserError: it belongs to a run with other settings, or is no run's folder.
-    """
-    folder = Path(config.out)
-    settings = settings_module.to_json(config)
-    stored = folder / "config.json"
-    # What stopped before its first step left nothing but its settings: a corrected command may have the folder.
-    begun = folder.is_dir() and any(
-        path.name not in ("config.json", TOKENIZER)
-        and not path.name.startswith(".config.json.")
-        and not (path.name == "metrics.jsonl" and not path.stat().st_size)
-        for path in folder.iterdir()
-    )
-    if stored.is_file() and begun:
-        found = settings_module.differences(json.loads(stored.read_text()), json.loads(json.dumps(settings)))
-        found = [difference for difference in found if not difference.startswith(FREE)]
-        if found:
-            raise UserError(
-                f"{folder} belongs to a run with other settings ({'; '.join(found[:4])}); "
-                "give the same ones to continue it, or another out=FOLDER."
-            )
-    elif begun:
-        raise UserError(f"{folder} holds files that are no run's; give a new or empty folder with out=FOLDER.")
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".config.json.{os.getpid()}"
-    temporary.write_text(json.dumps(settings, indent=2) + "\n")
-    temporary.replace(stored)
-    return folder
 
 
 def open_tables(config: Run) -> dict[str, Pairs | ShardTable]:

@@ -172,18 +172,24 @@ class Report:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
-    """A whole run.
+class Job:
+    """What every run has, whatever it trains.
 
     Args:
         out: the folder of everything it writes; the same command continues there.
         seed: of weights, order and captions.
-        smoke: three small steps on drawn scenes, on the CPU, to see that everything fits.
+        smoke: three small steps on drawn images, on the CPU, to see that everything fits.
     """
 
     out: str = "runs/run"
     seed: int = 0
     smoke: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(Job):
+    """The run of a dual encoder."""
+
     data: Data = field(default_factory=Data)
     views: ViewSettings = field(default_factory=ViewSettings)
     model: CompositeSpec = field(default_factory=CompositeSpec)

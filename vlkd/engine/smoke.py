@@ -25,7 +25,7 @@ def shrink_to_smoke(config: Run) -> Run:
         if not (data / split / "manifest.json").is_file():
             scenes = generate_scenes("shapes", count=SCENES, seed=0, split=split, image_size=48)
             write_shards(scenes, data / split)
-    teachers = tuple(_untrained_teacher(data / f"teacher{i}", i) for i, _ in enumerate(config.teachers.refs))
+    teachers = tuple(untrained_teacher(data / f"teacher{i}", i) for i, _ in enumerate(config.teachers.refs))
     return replace(
         config,
         data=replace(
@@ -49,7 +49,8 @@ def shrink_to_smoke(config: Run) -> Run:
     )
 
 
-def _untrained_teacher(folder: Path, seed: int) -> str:
+def untrained_teacher(folder: Path, seed: int) -> str:
+    """A tiny dual encoder with random weights, in a folder that keeps it."""
     if not folder.is_dir():
         captions = [
             text for scene in generate_scenes("shapes", count=20, seed=0, split="train") for text in scene.captions

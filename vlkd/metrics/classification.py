@@ -104,7 +104,8 @@ def worst_group(correct: ArrayLike, groups: ArrayLike, *, left_out: Collection[i
     """The lowest `group_accuracy`.
 
     DataComp's `acc_wg` from the hits of the first class and `acc_top5_wg` from those of the first five (Gadre et al.,
-    2023, https://arxiv.org/abs/2304.14108); its `acc_worst_region` of FMoW leaves out the group "Other".
+    2023, https://arxiv.org/abs/2304.14108); WILDS' worst region of FMoW leaves out the group "Other" (Koh et al., 2021,
+    https://arxiv.org/abs/2012.07421).
 
     Args:
         correct: (I,) hits of any kind.

@@ -7,9 +7,6 @@ folder executes no recipe and no remote code.
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from torch import Tensor, nn
 from vlkd.errors import UserError
 from vlkd.features import check_features
 from vlkd.models.base import DualEncoderModule, ImageConfiguration
+from vlkd.models.folder import MODEL_JSON, WEIGHTS, read_layout, replacing, storage_dtype, stored_state
 from vlkd.models.golden import write_golden
 from vlkd.models.heads import stack_heads
 from vlkd.models.preprocessing import CompositePreprocessing, PixelSettings, timm_settings
@@ -38,9 +36,7 @@ from vlkd.models.towers import (
 )
 
 FORMAT, VERSION = "vlkd-model", 1
-MODEL_JSON, WEIGHTS = "model.json", "model.safetensors"
 TEXT_FOLDER = "text"
-DTYPES = {"float32": torch.float32, "float16": torch.float16}
 PROJECTED = {"embed": "pooled", "token_embeds": "tokens"}
 """Features behind a projection, each with the tower's feature before it."""
 
@@ -191,29 +187,14 @@ class CompositeModel(DualEncoderModule):
         Raises:
             UserError: the folder exists and is neither empty nor a vlkd model, or the dtype is unknown.
         """
-        if dtype not in DTYPES:
-            raise UserError(f"Found dtype {dtype!r}, expected one of {', '.join(DTYPES)}.")
-        target = Path(folder).absolute()
-        if target.exists() and not is_model_folder(target) and (target.is_file() or any(target.iterdir())):
-            raise UserError(f"{folder} exists and is no vlkd model; choose a new folder, or remove it yourself.")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        try:
-            temporary.chmod(0o755)
-            self._write(temporary, DTYPES[dtype])
+        kept = storage_dtype(dtype)
+        with replacing(folder, FORMAT) as temporary:
+            self._write(temporary, kept)
             if golden:
                 write_golden(load_composite(temporary), temporary)
-            put_in_place(temporary, target)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
 
     def _write(self, folder: Path, dtype: torch.dtype) -> None:
-        def stored(value: Tensor) -> Tensor:
-            # Running variances overflow float16, and vectors weigh nothing.
-            halve = value.is_floating_point() and value.ndim >= 2
-            return value.detach().to("cpu", dtype if halve else value.dtype).clone().contiguous()
-
-        save_file({key: stored(value) for key, value in self.own_state().items()}, str(folder / WEIGHTS))
+        save_file(stored_state(self.own_state(), dtype), str(folder / WEIGHTS))
         text_folder = folder
         if isinstance(self.text_tower, TransformersText):
             text_folder = folder / TEXT_FOLDER
@@ -232,26 +213,6 @@ def tower_names(want: Collection[str]) -> frozenset[str]:
     return frozenset(f"{side}.{PROJECTED.get(kind, kind)}" for side, _, kind in parts if kind)
 
 
-def is_model_folder(folder: Path) -> bool:
-    """Whether the folder carries a `model.json` of ours."""
-    try:
-        found = json.loads((folder / MODEL_JSON).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(found, dict) and found.get("format") == FORMAT
-
-
-def put_in_place(temporary: Path, target: Path) -> None:
-    """Rename a complete folder to its name; an older model there is removed after the new one stands."""
-    if not target.exists():
-        os.rename(temporary, target)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-    os.rename(target, old / target.name)
-    os.rename(temporary, target)
-    shutil.rmtree(old)
-
-
 def load_composite(folder: str | Path, *, name: str = "") -> CompositeModel:
     """Read a model folder, in evaluation mode; golden embeddings are not checked here but by `vlkd.models.load`.
 
@@ -263,7 +224,7 @@ def load_composite(folder: str | Path, *, name: str = "") -> CompositeModel:
         UserError: a file is missing or damaged, or the weights do not fit the `model.json`.
     """
     folder = Path(folder)
-    layout = read_layout(folder)
+    layout = read_layout(folder, FORMAT, VERSION)
     try:
         model = assemble(layout, folder, name or str(folder))
     except (KeyError, TypeError, AttributeError, IndexError) as error:
@@ -273,27 +234,6 @@ def load_composite(folder: str | Path, *, name: str = "") -> CompositeModel:
     borrowed = {key: value for key, value in model.state_dict().items() if key.startswith("reference.")}
     load_exactly(model, read_safetensors(folder / WEIGHTS) | borrowed, str(folder / WEIGHTS))
     return model.eval()
-
-
-def read_layout(folder: Path) -> dict[str, Any]:
-    """The content of `model.json`.
-
-    Raises:
-        UserError: it is missing, no JSON, or of another program or version.
-    """
-    if not (folder / MODEL_JSON).is_file():
-        raise UserError(f"Found no {MODEL_JSON} in {folder}, expected a vlkd model folder; check the path.")
-    try:
-        layout = json.loads((folder / MODEL_JSON).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{folder / MODEL_JSON} is no JSON ({first_line(error)}); write the model again.") from error
-    found = (layout.get("format"), layout.get("version")) if isinstance(layout, dict) else (None, None)
-    if found != (FORMAT, VERSION):
-        raise UserError(
-            f"{folder / MODEL_JSON} has format {found[0]!r}, version {found[1]!r}; "
-            f"expected {FORMAT!r}, version {VERSION}: it is another program's model, or was written by a newer vlkd."
-        )
-    return dict(layout)
 
 
 def assemble(layout: Mapping[str, Any], folder: Path, name: str) -> CompositeModel:

@@ -11,8 +11,10 @@ from vlkd.models.base import DualEncoderModule
 
 GRAMMAR = (
     "a folder (with model.json, open_clip_config.json or config.json), open_clip:NAME@TAG, "
-    "open_clip:NAME@FILE.safetensors, open_clip:hf-hub:OWNER/NAME, or hf:OWNER/NAME"
+    "open_clip:NAME@FILE.safetensors, open_clip:hf-hub:OWNER/NAME, hf:OWNER/NAME, or 'IMAGES + TEXTS', two of these"
 )
+JOIN = " + "
+"""Between the reference of the model that encodes images and that of the one that encodes texts."""
 
 
 def load(ref: str, *, device: str | torch.device = "cpu") -> DualEncoderModule:
@@ -47,7 +49,7 @@ def load_image_encoder(ref: str, *, device: str | torch.device = "cpu") -> DualE
     """
     ref = str(ref)
     family, _, rest = ref.partition(":")
-    if family != "timm" or not rest or Path(ref).is_dir():
+    if family != "timm" or not rest or JOIN in rest or Path(ref).is_dir():
         return load(ref, device=device)
     from vlkd.models.via_timm import load_timm
 
@@ -90,7 +92,12 @@ def load_folder(ref: str, folder: Path) -> DualEncoderModule:
 
 
 def load_named(ref: str) -> DualEncoderModule:
-    """Load by prefix."""
+    """Load by prefix, or two models joined."""
+    images, join, texts = ref.partition(JOIN)
+    if join:
+        from vlkd.models.joined import JoinedModel
+
+        return JoinedModel(load(images), load(texts))
     family, separator, rest = ref.partition(":")
     if separator and rest and family == "open_clip":
         from vlkd.models.via_open_clip import load_open_clip

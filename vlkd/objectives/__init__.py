@@ -7,15 +7,25 @@ parallelism the caller gathers the batch first; B is then the global batch.
 """
 
 from vlkd.objectives.class_vectors import class_kl
+from vlkd.objectives.classification import (
+    binary_kl_norm,
+    cross_entropy,
+    distillation_kl,
+    feature_cosine,
+)
 from vlkd.objectives.contrastive import info_nce, interactive_contrastive, siglip
 from vlkd.objectives.embedding import embedding_cosine, embedding_mse
 from vlkd.objectives.matching import hard_negatives, image_text_matching
 from vlkd.objectives.relational import neighbour_kl, relational_kl
 
 __all__ = [
+    "binary_kl_norm",
     "class_kl",
+    "cross_entropy",
+    "distillation_kl",
     "embedding_cosine",
     "embedding_mse",
+    "feature_cosine",
     "hard_negatives",
     "image_text_matching",
     "info_nce",

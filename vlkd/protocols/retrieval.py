@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -216,4 +217,21 @@ def _per_image(result: RetrievalResult, hits: dict[str, NDArray[np.float64]]) ->
         "correct": (hits["image_to_text_hit@1"] + by_text) / 2,
         "image_to_text_rank": result.ranks.image_to_text.best.astype(np.float64) + 1,
         "text_to_image_rank": np.bincount(owner, weights=rank, minlength=result.images) / number,
+        "captions": number.astype(np.float64),
+    }
+
+
+def hit_means(per_item: Mapping[str, NDArray[Any]], seed: int) -> dict[str, NDArray[np.float64]]:
+    """(n,) bootstrap means of hit@1 by direction: images are drawn with their captions, the same ones for any model.
+
+    Args:
+        per_item: of `retrieval`; `correct` is the mean of both directions' hits.
+        seed: of the draws.
+    """
+    by_image = np.asarray(per_item["image_to_text_rank"] == 1, np.float64)
+    number = np.asarray(per_item["captions"], np.int64)
+    by_text = np.repeat(2 * per_item["correct"] - by_image, number)
+    return {
+        "image_to_text": bootstrap_means(by_image, seed=seed),
+        "text_to_image": bootstrap_means(by_text, groups=np.repeat(np.arange(len(number)), number), seed=seed),
     }

@@ -1,9 +1,10 @@
-"""Choosing between captions for an image and between images for a caption: SugarCrepe, Winoground, ARO."""
+"""Choosing between captions for an image and between images for a caption: SugarCrepe, Winoground, ARO, WinoGAViL."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import comb
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vlkd.errors import UserError
-from vlkd.metrics import wilson_interval
+from vlkd.metrics import bootstrap_interval, jaccard, wilson_interval
 from vlkd.protocols.classified import check_main_metric
 from vlkd.protocols.measured import Measured
 from vlkd.protocols.scores import cosines
@@ -23,17 +24,19 @@ Scores = NDArray[np.float32]
 
 @dataclass(frozen=True, kw_only=True)
 class ChoiceRows:
-    """One item: images and captions, of which the i-th ones belong together and the rest are distractors.
+    """One item: images and captions, of which the i-th ones or the `gold` belong together; the rest are distractors.
 
     Attributes:
         images: N rows of the image embeddings.
         texts: M rows of the text embeddings, N or M above 1.
         group: name of its part of the data set, "" for none.
+        gold: for `associations`, places in `images` of those that belong to the one caption.
     """
 
     images: tuple[int, ...]
     texts: tuple[int, ...]
     group: str = ""
+    gold: tuple[int, ...] = ()
 
 
 def selection(
@@ -90,6 +93,84 @@ def selection(
         per_class=by_group,
         notes={"ties": "an error"},
     )
+
+
+def associations(
+    image_embed: Vectors,
+    text_embed: Vectors,
+    choices: Sequence[ChoiceRows],
+    *,
+    main_metric: str = "avg_jaccard_score",
+    seed: int = 0,
+) -> Measured:
+    """WinoGAViL: the Jaccard index of the K images closest to a cue and the K images that people gave it.
+
+    `avg_jaccard_score` is the mean over the items, `jaccard_score_<N>` that over the items of N images,
+    `jaccard_score_5-6` and `jaccard_score_10-12` those over the items of up to 6 and of 10 or more, under DataComp's
+    names; what has no item is left out (Bitton et al., 2022, https://arxiv.org/abs/2207.12576). Of equal cosines the
+    distractor is taken, so that a model that has collapsed to a point scores as low as can be.
+
+    Args:
+        image_embed: (I, D), not necessarily normalised.
+        text_embed: (T, D).
+        choices: Q items of one caption, each with `gold`.
+        main_metric: one of the figures, all of which have a bootstrap interval over their items.
+        seed: of the bootstrap.
+
+    Returns:
+        `correct`: the Jaccard index of each item.
+
+    Raises:
+        UserError: bad embeddings (`check_embeddings`), no item, a row that does not exist, an item with other than one
+            caption or without gold among its images, or a `main_metric` that was not measured.
+    """
+    images = check_embeddings(image_embed, "image embeddings")
+    texts = check_embeddings(text_embed, "text embeddings", images.shape[1])
+    _check_choices(choices, len(images), len(texts))
+    for number, choice in enumerate(choices):
+        if len(choice.texts) != 1 or not choice.gold or not set(choice.gold) <= set(range(len(choice.images))):
+            raise UserError(
+                f"Item {number} has {len(choice.texts)} captions and the gold images {list(choice.gold)} of "
+                f"{len(choice.images)}; expected one caption, and one or more places among the images."
+            )
+    tables = _score_tables(images, texts, choices)
+    scores = np.array([_association(table[:, 0], choice.gold) for table, choice in zip(tables, choices, strict=True)])
+    items = _by_size(np.array([len(choice.images) for choice in choices]))
+    metrics = {name: float(scores[those].mean()) for name, those in items.items()}
+    check_main_metric(main_metric, metrics)
+    those = items[main_metric]
+    sizes = [(len(choice.images), len(set(choice.gold))) for choice, there in zip(choices, those, strict=True) if there]
+    return Measured(
+        protocol="selection",
+        task="image_caption_selection",
+        metrics=metrics,
+        main_metric=main_metric,
+        interval=bootstrap_interval(scores[those], seed=seed),
+        random_score=float(np.mean([_random_jaccard(*size) for size in sizes])),
+        counts={"items": len(choices), "main_metric_items": len(sizes), "images": len(images), "texts": len(texts)},
+        per_item={"correct": scores},
+        notes={"ties": "an error", "seed": seed},
+    )
+
+
+def _association(scores: Scores, gold: Sequence[int]) -> float:
+    belongs = np.isin(np.arange(len(scores)), gold)
+    chosen = np.lexsort((belongs, -scores))[: belongs.sum()]
+    return jaccard(set(chosen.tolist()), set(gold))
+
+
+def _by_size(sizes: NDArray[np.int64]) -> Mapping[str, NDArray[np.bool_]]:
+    """(Q,) which items each figure is over; every figure has some."""
+    items = {"avg_jaccard_score": np.ones(len(sizes), dtype=np.bool_)}
+    items |= {f"jaccard_score_{size}": sizes == size for size in np.unique(sizes).tolist()}
+    items |= {"jaccard_score_5-6": sizes <= 6, "jaccard_score_10-12": sizes >= 10}
+    return {name: those for name, those in items.items() if those.any()}
+
+
+def _random_jaccard(images: int, gold: int) -> float:
+    """The expectation for K images drawn out of N: k hits, hypergeometric, make k / (2 K - k)."""
+    ways = [comb(gold, hits) * comb(images - gold, gold - hits) for hits in range(gold + 1)]
+    return sum(way * hits / (2 * gold - hits) for hits, way in enumerate(ways)) / comb(images, gold)
 
 
 def _check_choices(choices: Sequence[ChoiceRows], images: int, texts: int) -> None:

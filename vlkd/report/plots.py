@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from vlkd.report.axes import Axis, fit_axis
 from vlkd.report.markup import Markup, escape, join
@@ -14,6 +15,8 @@ POINTS = 400
 """A line of more points is thinned out to about this many, keeping each stretch's lowest and highest."""
 
 _RIGHT, _HEIGHT = 14, 190
+_BESIDE = 3.0
+"""Pixels between series with intervals, which would else hide each other's at the same x."""
 
 Point = tuple[float, float]
 
@@ -34,35 +37,61 @@ def line_plot(
     title: str,
     x_label: str,
     y_label: str,
+    log_x: bool = False,
     log_y: bool = False,
+    x_marks: Sequence[float] = (),
+    intervals: Mapping[str, Sequence[tuple[float, float]]] = MappingProxyType({}),
+    height: float = _HEIGHT,
 ) -> Markup:
     """One line per name, from its x and y values, which come in the order of x.
 
     Values that cannot be drawn (NaN, infinite, or not positive on a logarithmic axis) interrupt their line and are
-    counted below the plot. A point without drawable neighbours becomes a dot.
+    counted below the plot. A point without drawable neighbours becomes a dot. Where a series has intervals, each point
+    is a dot with a whisker, and the series stand a few pixels beside each other.
+
+    Args:
+        series: per name x and y values.
+        title: heading.
+        x_label: below the axis.
+        y_label: beside the axis.
+        log_x: a logarithmic x axis.
+        log_y: a logarithmic y axis.
+        x_marks: where the x axis has its marks, within the range of the values; () are round numbers.
+        intervals: by name the low and the high end around each y value; one that is not finite is not drawn.
+        height: of the y axis.
 
     Raises:
-        ValueError: A series has not as many x as y values.
+        ValueError: A series has not as many x as y values, or as intervals.
     """
-    runs = {name: _drawable_runs(name, xs, ys, log_y) for name, (xs, ys) in series.items()}
+    runs = {name: _drawable_runs(name, xs, ys, log_x, log_y) for name, (xs, ys) in series.items()}
     points = [point for stretches in runs.values() for stretch in stretches for point in stretch]
+    whiskers = {name: _whiskers(name, series[name], ends, log_x, log_y) for name, ends in intervals.items()}
+    reached = [y for own in whiskers.values() for _, low, high in own for y in (low, high)]
     missing = {name: len(series[name][0]) - sum(map(len, stretches)) for name, stretches in runs.items()}
     names, top = legend(list(series)) if len(series) > 1 else (Markup(""), 40.0)
-    y_axis = fit_axis([y for _, y in points], top + _HEIGHT, top, log=log_y)
+    y_axis = fit_axis([*(y for _, y in points), *reached], top + height, top, log=log_y)
     left = 26 + CHARACTER * max(map(len, y_axis.labels()))
-    x_axis = fit_axis([x for x, _ in points], left, WIDTH - _RIGHT, snug=True)
+    aside = _BESIDE * (len(series) - 1) / 2 if intervals else 0.0
+    x_axis = fit_axis([x for x, _ in points], left + aside, WIDTH - _RIGHT - aside, log=log_x, snug=True)
+    if x_marks:
+        x_axis = replace(x_axis, ticks=tuple(mark for mark in x_marks if x_axis.low <= mark <= x_axis.high))
     parts = [frame(x_axis, y_axis, x_label, y_label), names]
     if not points:
-        parts.append(text(WIDTH / 2, top + _HEIGHT / 2, "no values yet", anchor="middle"))
+        parts.append(text(WIDTH / 2, top + height / 2, "no values yet", anchor="middle"))
     for index, (name, stretches) in enumerate(runs.items()):
-        parts += [_stretch(name, stretch, x_axis, y_axis, index) for stretch in stretches]
-    height = top + _HEIGHT + 42
+        shift = _BESIDE * index - aside if intervals else 0.0
+        own = replace(x_axis, start=x_axis.start + shift, end=x_axis.end + shift)
+        parts += [_stretch(name, stretch, own, y_axis, index) for stretch in stretches]
+        if name in whiskers:
+            parts += [_whisker(whisker, own, y_axis, index) for whisker in whiskers[name]]
+            parts += [_dot(point, own, y_axis, index) for stretch in stretches for point in stretch if stretch[1:]]
+    bottom = top + height + 42
     skipped = ", ".join(f"{name} ({count})" for name, count in missing.items() if count)
     if skipped:
-        height += 16
-        reason = "finite and positive" if log_y else "finite"
-        parts.append(text(0, height - 6, shorten(f"left out because not {reason}: {skipped}", WIDTH)))
-    return drawing(title, height, parts)
+        bottom += 16
+        reason = "finite and positive" if log_x or log_y else "finite"
+        parts.append(text(0, bottom - 6, shorten(f"left out because not {reason}: {skipped}", WIDTH)))
+    return drawing(title, bottom, parts)
 
 
 def bar_plot(bars: Sequence[Bar], *, title: str, x_label: str) -> Markup:
@@ -110,17 +139,52 @@ def _bar(bar: Bar, x_axis: Axis, middle: float) -> Markup:
     return join(parts)
 
 
-def _drawable_runs(name: str, xs: Sequence[float], ys: Sequence[float], log_y: bool) -> list[list[Point]]:
+def _drawable_runs(name: str, xs: Sequence[float], ys: Sequence[float], log_x: bool, log_y: bool) -> list[list[Point]]:
     """The series cut at values that cannot be drawn."""
     if len(xs) != len(ys):
         raise ValueError(f"Series {name!r} has {len(xs)} x values and {len(ys)} y values; expected equally many.")
     runs: list[list[Point]] = [[]]
     for x, y in zip(xs, ys, strict=True):
-        if math.isfinite(x) and math.isfinite(y) and (y > 0 or not log_y):
+        if _drawable(x, log_x) and _drawable(y, log_y):
             runs[-1].append((x, y))
         elif runs[-1]:
             runs.append([])
     return [run for run in runs if run]
+
+
+def _drawable(value: float, log: bool) -> bool:
+    return math.isfinite(value) and (value > 0 or not log)
+
+
+def _whiskers(
+    name: str,
+    values: tuple[Sequence[float], Sequence[float]],
+    ends: Sequence[tuple[float, float]],
+    log_x: bool,
+    log_y: bool,
+) -> list[tuple[float, float, float]]:
+    """x, low and high of each point and interval that can be drawn."""
+    xs, ys = values
+    if len(ends) != len(ys):
+        raise ValueError(f"Series {name!r} has {len(ys)} y values and {len(ends)} intervals; expected equally many.")
+    return [
+        (x, low, high)
+        for x, y, (low, high) in zip(xs, ys, ends, strict=True)
+        if _drawable(x, log_x) and all(_drawable(end, log_y) for end in (y, low, high))
+    ]
+
+
+def _whisker(whisker: tuple[float, float, float], x_axis: Axis, y_axis: Axis, index: int) -> Markup:
+    x, (low, high) = x_axis.pixel(whisker[0]), map(y_axis.pixel, whisker[1:])
+    path = f"M{x - 2:.2f} {low:.2f}h4m-2 0V{high:.2f}m-2 0h4"
+    return Markup(
+        f'<path class="interval" d="{path}" style="fill:none;stroke:{colour(index)};stroke-width:1.2;opacity:.75"/>'
+    )
+
+
+def _dot(point: Point, x_axis: Axis, y_axis: Axis, index: int) -> Markup:
+    x, y = x_axis.pixel(point[0]), y_axis.pixel(point[1])
+    return Markup(f'<circle cx="{x:.2f}" cy="{y:.2f}" r="2.2" style="fill:{colour(index)}"/>')
 
 
 def thin_out(points: Sequence[Point], limit: int = POINTS) -> list[Point]:

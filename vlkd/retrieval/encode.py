@@ -7,16 +7,15 @@ from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from vlkd.errors import UserError
+from vlkd.retrieval.progress import Progress
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -113,32 +112,66 @@ def encode_images(
     """
     if not len(source):
         raise UserError("The data set is empty; give one with at least one image.")
+    with Progress(len(source), unit="image", description="images", show=progress) as bar:
+        found = _encode(model, source, range(len(source)), batch_size, workers, bar)
+    if not len(found.index):
+        first = found.bad[0]
+        raise UserError(f"None of the {len(source)} images can be read; the first: {first[0]}: {first[1]}")
+    return found
+
+
+def encode_unread(
+    model: ImageEncoder, source: PairSource, found: EncodedImages, *, batch_size: int = 64, workers: int = 2
+) -> EncodedImages:
+    """Try the images once more that an earlier pass could not read: a file's rights or a disk may have been mended.
+
+    Args:
+        model: the encoder.
+        source: the images of that pass.
+        found: what it gave.
+        batch_size: images encoded together.
+        workers: threads that decode, one or more.
+
+    Returns:
+        `found` itself where still none of them can be read; `bad` has the others.
+    """
+    rows = np.setdiff1d(np.arange(len(source)), found.index).tolist()
+    with Progress(len(rows), unit="image", show=False) as bar:
+        more = _encode(model, source, rows, batch_size, workers, bar)
+    if not len(more.index):
+        return found
+    index = np.concatenate([found.index, more.index])
+    order = np.argsort(index)
+    return EncodedImages(embed=torch.cat([found.embed, more.embed])[order], index=index[order], bad=more.bad)
+
+
+def _encode(
+    model: ImageEncoder, source: PairSource, rows: Sequence[int], batch_size: int, workers: int, bar: Progress
+) -> EncodedImages:
+    """Encode some images; `embed` is (0, 0) where none of them can be read."""
     embeds: list[Tensor] = []
     index: list[int] = []
     bad: list[tuple[str, str]] = []
-    with (
-        tqdm(total=len(source), desc="images", unit="image", disable=not progress) as bar,
-        closing(_decoded(source, workers, batch_size)) as decoded,
-    ):
-        for start in range(0, len(source), batch_size):
+    with closing(_decoded(source, rows, workers, batch_size)) as decoded:
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start : start + batch_size]
             images: list[Image] = []
-            for i, image in enumerate(islice(decoded, batch_size), start):
+            for i, image in zip(batch, decoded, strict=False):
                 if isinstance(image, str):
                     bad.append((source.keys[i], image))
-                    bar.set_postfix(unreadable=len(bad))
+                    bar.note(f"{len(bad)} unreadable")
                 else:
                     images.append(image)
                     index.append(i)
             if images:
                 embeds.append(model.encode_image(images, batch_size=batch_size).detach().float().cpu())
-            bar.update(min(batch_size, len(source) - start))
-    if not embeds:
-        raise UserError(f"None of the {len(source)} images can be read; the first: {bad[0][0]}: {bad[0][1]}")
-    return EncodedImages(embed=torch.cat(embeds), index=np.array(index, np.int64), bad=tuple(bad))
+            bar.advance(len(batch))
+    embed = torch.cat(embeds) if embeds else torch.empty(0, 0)
+    return EncodedImages(embed=embed, index=np.array(index, np.int64), bad=tuple(bad))
 
 
-def _decoded(source: PairSource, workers: int, ahead: int) -> Generator[Image | str, None, None]:
-    """Every image in order, or why it cannot be read; `ahead` images wait decoded while the caller has the others."""
+def _decoded(source: PairSource, rows: Sequence[int], workers: int, ahead: int) -> Generator[Image | str, None, None]:
+    """Images in order, or why one cannot be read; `ahead` images wait decoded while the caller has the others."""
 
     def decode(i: int) -> Image | str:
         try:
@@ -149,7 +182,7 @@ def _decoded(source: PairSource, workers: int, ahead: int) -> Generator[Image | 
     pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
     waiting: deque[Future[Image | str]] = deque()
     try:
-        for i in range(len(source)):
+        for i in rows:
             waiting.append(pool.submit(decode, i))
             if len(waiting) > ahead:
                 yield waiting.popleft().result()
@@ -179,11 +212,11 @@ def encode_texts(model: TextEncoder, texts: Sequence[str], *, batch_size: int = 
     number = {text: i for i, text in enumerate(dict.fromkeys(texts))}
     unique = list(number)
     embeds = []
-    with tqdm(total=len(unique), desc="captions", unit="caption", disable=not progress) as bar:
+    with Progress(len(unique), unit="caption", description="captions", show=progress) as bar:
         for start in range(0, len(unique), batch_size):
             batch = unique[start : start + batch_size]
             embeds.append(model.encode_text(batch, batch_size=batch_size).detach().float().cpu())
-            bar.update(len(batch))
+            bar.advance(len(batch))
     return torch.cat(embeds)[[number[text] for text in texts]]
 
 

@@ -13,8 +13,15 @@ from numpy.typing import NDArray
 
 from vlkd.errors import UserError
 from vlkd.metrics import paired_bootstrap
+from vlkd.suite.metric_words import metric_words
 from vlkd.suite.results import read_items
 from vlkd.suite.table import SPEED, spaced
+
+_ITEMS = {"retrieval": "the mean over images of both directions' hit@1, an image's captions counting as one"}
+"""What the items of a protocol are the values of, where no figure of its rows is their mean."""
+
+_ASKED = {"classifier": "zero_shot"}
+"""Protocols that ask of each item what another one asks."""
 
 Row = Mapping[str, Any]
 Items = Mapping[str, NDArray[Any]]
@@ -85,11 +92,38 @@ class Compared:
         """Items on which b is better."""
         return int((self.change < 0).sum())
 
+    @property
+    def remark(self) -> str:
+        """Where the items' mean is not the figure of the table, a sentence with both; else ""."""
+        means = [float(mean) for mean in self.correct.mean(axis=1)]
+        rows = (self.a, self.b)
+        if all(_equal(mean, row["score"]) for mean, row in zip(means, rows, strict=True)):
+            return ""
+        same = [
+            name
+            for name in self.a["metrics"]
+            if all(_equal(mean, row["metrics"].get(name)) for mean, row in zip(means, rows, strict=True))
+        ]
+        figure = same[0] if same else _ITEMS.get(self.protocol, "the mean over items")
+        names = " and ".join(dict.fromkeys(str(row["main_metric"]) for row in rows))
+        here, table = (
+            " and ".join(f"{side} {text}" for side, text in zip("ab", texts, strict=True))
+            for texts in (
+                [f"{100 * mean:.1f}" for mean in means],
+                [metric_words(str(row["main_metric"])).text(float(row["score"])) for row in rows],
+            )
+        )
+        return (
+            f"{self.title}: compared here is {figure} ({here}), whose value of each item is known, not the main metric "
+            f"of the table, {names} ({table})."
+        )
+
     def as_row(self) -> dict[str, Any]:
         """A flat row for strict JSON."""
         return {
             "dataset": self.dataset, "protocol": self.protocol, "items": len(self.keys),
             "a": float(self.correct[0].mean()), "b": float(self.correct[1].mean()), "difference": self.difference,
+            "remark": self.remark or None,
             "interval": list(self.interval), "wins": self.wins, "losses": self.losses, "p_value": self.p_value,
             "classes": [
                 {"class": own.name, "items": own.items, "wins": own.wins, "losses": own.losses} for own in self.classes
@@ -122,11 +156,11 @@ def compare_results(
     Raises:
         UserError: nothing can be compared; the first reason is named.
     """
-    other = {(row["dataset"], row["protocol"]): row for row in rows_b if row["status"] == "ok"}
+    other = {_question(row): row for row in rows_b if row["status"] == "ok"}
     pairs = [
-        (row, other[row["dataset"], row["protocol"]])
+        (row, other[_question(row)])
         for row in rows_a
-        if row["status"] == "ok" and row["protocol"] != SPEED and (row["dataset"], row["protocol"]) in other
+        if row["status"] == "ok" and row["protocol"] != SPEED and _question(row) in other
     ]
     done: list[Compared] = []
     refused: list[str] = []
@@ -167,7 +201,7 @@ def compare_rows(a: Row, folder_a: Path, b: Row, folder_b: Path, *, seed: int = 
     both = "prediction" in items_a and "prediction" in items_b
     return Compared(
         dataset=str(a["dataset"]),
-        protocol=str(a["protocol"]),
+        protocol="_and_".join(dict.fromkeys((str(a["protocol"]), str(b["protocol"])))),
         a=a,
         b=b,
         keys=tuple(keys_a),
@@ -182,6 +216,12 @@ def compare_rows(a: Row, folder_a: Path, b: Row, folder_b: Path, *, seed: int = 
     )
 
 
+def _question(row: Row) -> tuple[str, str]:
+    """What is asked of a model: the class of each image, whether prompts or a classifier's heads answer."""
+    protocol = str(row["protocol"])
+    return str(row["dataset"]), _ASKED.get(protocol, protocol)
+
+
 def sign_test(wins: int, losses: int) -> float:
     """Two-sided exact sign test: p = min(1, 2 P[X <= min(wins, losses)]) for X binomial(wins + losses, 1/2).
 
@@ -190,6 +230,10 @@ def sign_test(wins: int, losses: int) -> float:
     total, fewer = wins + losses, min(wins, losses)
     terms = [math.lgamma(total + 1) - math.lgamma(i + 1) - math.lgamma(total - i + 1) for i in range(fewer + 1)]
     return min(1.0, 2 * math.fsum(math.exp(term - total * math.log(2)) for term in terms))
+
+
+def _equal(mean: float, figure: float | None) -> bool:
+    return figure is not None and math.isclose(mean, float(figure), rel_tol=0, abs_tol=1e-9)
 
 
 def _values(items: Items, keys: Sequence[str]) -> NDArray[np.float64]:

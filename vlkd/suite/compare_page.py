@@ -26,15 +26,17 @@ _HEAD = ("data set", "items", "a", "b", "a - b", "95 % interval", "wins", "losse
 
 
 def comparison_markdown(comparison: Comparison) -> str:
-    """One line per data set in percent, then what was refused."""
+    """One line per data set in percent, then which are no figures of the table, and what was refused."""
     rows = []
     for one in comparison.compared:
         low, high = one.interval
         a, b = 100 * one.correct.mean(axis=1)
         figures = [f"{a:.1f}", f"{b:.1f}", f"{100 * one.difference:+.1f}", f"{100 * low:+.1f} to {100 * high:+.1f}"]
         rows.append([one.title, str(len(one.keys)), *figures, str(one.wins), str(one.losses), f"{one.p_value:.2g}"])
-    refused = "".join(f"\nNot compared: {reason}" for reason in comparison.refused)
-    return f"a = {comparison.a}\nb = {comparison.b}\n\n{grid(_HEAD, rows)}\n{refused}"
+    remarks = [one.remark for one in comparison.compared if one.remark]
+    remarks += [f"Not compared: {reason}" for reason in comparison.refused]
+    below = "".join(f"\n{remark}" for remark in remarks)
+    return f"a = {comparison.a}\nb = {comparison.b}\n\n{grid(_HEAD, rows)}\n{below}"
 
 
 def comparison_page(comparison: Comparison) -> Report:
@@ -64,6 +66,9 @@ def comparison_page(comparison: Comparison) -> Report:
             caption="Mean of the items' values; the interval is a bootstrap paired over items, p the sign test.",
         )
     )
+    for one in comparison.compared:
+        if one.remark:
+            report.text(one.remark)
     for reason in comparison.refused:
         report.text(f"Not compared: {reason}")
     for one in comparison.compared:

@@ -19,7 +19,7 @@ from vlkd.recipes import folder
 
 DEFAULT_PATHS = ("wds_{cleaned}", "{cleaned}", "{name}")
 """The names of CLIP_benchmark's hub first, then its own folders; `{cleaned}` is the name with "-" for "/"."""
-PROTOCOLS = ("zero_shot", "retrieval", "multilabel", "selection", "linear_probe", "knn")
+PROTOCOLS = ("zero_shot", "classifier", "retrieval", "multilabel", "selection", "linear_probe", "knn")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,6 +40,10 @@ def _plain(meaning: str, *, lower: bool = False) -> MetricWords:
 # The first pattern that is found in the whole name counts.
 _KNOWN: tuple[tuple[str, MetricWords], ...] = (
     (r"acc1|accuracy|top1", _share("share of images whose best-scoring class is the right one")),
+    (
+        r"acc1_(label|teacher)_head",
+        _share("share of images whose best-scoring class by this head alone is the right one"),
+    ),
     (r"acc5|top5", _share("share of images whose right class is among the five that score best")),
     (r"mean_per_class_recall(_.*)?", _share("accuracy within each class, averaged over the classes")),
     (r".*ranking_average_precision", _share("how far an image's own classes score before the others, averaged")),
@@ -63,11 +67,11 @@ _KNOWN: tuple[tuple[str, MetricWords], ...] = (
     (r"image_acc", _share("captions for which the right image is chosen")),
     (r"text_acc", _share("images for which the right caption is chosen")),
     (r"(group_)?acc", _share("items in which every choice is right")),
-    (r".*worst.*", _share("accuracy of the group where it is lowest")),
+    (r".*(worst|_wg).*", _share("accuracy of the group where it is lowest")),
     (r".*group.*", _share("accuracy by group")),
     (r".*jaccard.*", _share("overlap of the chosen and the right answers")),
     (r".*(ece|calibration).*", MetricWords(meaning="gap between confidence and accuracy", lower_is_better=True)),
-    (r".*f1.*", _share("harmonic mean of precision and recall")),
+    (r"(?i:.*f1.*)", _share("harmonic mean of precision and recall")),
     (r".*retention.*", _share("the student's figure divided by the teacher's")),
     (r".*(agreement|overlap).*", _share("share on which student and teacher give the same answer")),
     (r".*kendall.*", _plain("order of the answers compared with the teacher's: 1 the same, -1 reversed")),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vlkd.data.eval_wds import COUNT_FILE, MAX_SHARDS, is_wds
+from vlkd.data.tar_members import read_members
 from vlkd.suite.declaration import DataEntry, Suite
 
 
@@ -22,6 +24,7 @@ class Present:
         bytes: of all files there; of a single file, of that alone.
         images: as declared.
         problem: why it cannot be measured, in a sentence; "" when nothing is seen to be wrong.
+        broken: the problem is a tar that is cut or damaged.
     """
 
     entry: DataEntry
@@ -29,11 +32,61 @@ class Present:
     bytes: int
     images: int | None
     problem: str
+    broken: bool = False
+
+    @property
+    def state(self) -> str:
+        """In a word."""
+        if self.path is None:
+            return "missing"
+        return "broken" if self.broken else "incomplete" if self.problem else "present"
 
 
 def presence(suite: Suite, root: Path) -> list[Present]:
     """Look for every data set of a suite below `root`, in the suite's order."""
     return [_present(entry, root) for entry in suite.entries]
+
+
+def with_broken_tars(found: Sequence[Present]) -> list[Present]:
+    """Follow the headers of every tar to its end, without reading what lies between them.
+
+    A picture that is damaged inside a whole tar is seen by decoding only.
+    """
+    ends: dict[Path, str] = {}
+    return [one if one.path is None or one.problem else _with_broken_tars(one, one.path, ends) for one in found]
+
+
+def _with_broken_tars(one: Present, path: Path, ends: dict[Path, str]) -> Present:
+    broken = []
+    for tar in _tars(one.entry, path):
+        if tar not in ends:
+            ends[tar] = _end(tar)
+        if ends[tar]:
+            broken.append(tar)
+    if not broken:
+        return one
+    first = f"{broken[0]} ({ends[broken[0]]})"
+    tars = "One tar is" if len(broken) == 1 else f"{len(broken)} tars are"
+    return replace(one, broken=True, problem=f"{tars} cut or damaged: {first}; fetch again.")
+
+
+def _tars(entry: DataEntry, path: Path) -> Iterator[Path]:
+    """Those of the declared parts, or all of a folder that has no such parts."""
+    if path.is_file():
+        yield from [path] if path.suffix == ".tar" else []
+        return
+    parts = [path / split for split in dict.fromkeys((entry.split, entry.train)) if split and (path / split).is_dir()]
+    for part in parts or [path]:
+        yield from sorted(part.rglob("*.tar"))
+
+
+def _end(tar: Path) -> str:
+    """What is wrong with the end of a tar, or ""."""
+    try:
+        problems = read_members(tar).problems
+    except (OSError, tarfile.TarError) as error:
+        return f"it is no tar that can be read: {error}"
+    return next((str(one) for one in problems if one.kind in ("truncated", "damaged", "no-end")), "")
 
 
 def presence_table(suite: Suite, found: Sequence[Present], root: Path) -> str:
@@ -43,13 +96,12 @@ def presence_table(suite: Suite, found: Sequence[Present], root: Path) -> str:
     """
     rows = [("data set", "state", "size", "images", "where")]
     for one in found:
-        state = "missing" if one.path is None else "incomplete" if one.problem else "present"
         expected = f"({size_text(one.entry.bytes)})" if one.entry.bytes else "-"
         images = "-" if one.images is None else f"{one.images:,}"
         where = (
             "no " + " or ".join(one.entry.paths) if one.path is None else one.problem or os.path.relpath(one.path, root)
         )
-        rows.append((one.entry.name, state, size_text(one.bytes) if one.path else expected, images, where))
+        rows.append((one.entry.name, one.state, size_text(one.bytes) if one.path else expected, images, where))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = [f"{suite.name}: {suite.title}; data root {root}"]
     for name, state, size, images, where in rows:
@@ -59,9 +111,11 @@ def presence_table(suite: Suite, found: Sequence[Present], root: Path) -> str:
     there = [one for one in found if one.path is not None]
     total = sum({one.path: one.bytes for one in there}.values())
     declared = sum(one.images or 0 for one in there)
+    images = f", {declared:,} images as declared" if declared else ""
     lines.append(
-        f"{len(there)} of {len(found)} data sets are there: {size_text(total)}, {declared:,} images as declared; "
-        f"{len(found) - len(there)} missing, {sum(bool(one.problem) for one in there)} incomplete"
+        f"{len(there)} of {len(found)} data sets are there: {size_text(total)}{images}; "
+        f"{len(found) - len(there)} missing, {sum(one.state == 'incomplete' for one in there)} incomplete"
+        f"{f', {broken} broken' if (broken := sum(one.broken for one in there)) else ''}"
     )
     return "\n".join(lines)
 
@@ -71,6 +125,7 @@ def as_json(found: Sequence[Present]) -> list[dict[str, Any]]:
     return [
         {
             "dataset": one.entry.name,
+            "state": one.state,
             "path": None if one.path is None else str(one.path),
             "bytes": one.bytes,
             "images": one.images,

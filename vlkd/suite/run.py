@@ -12,67 +12,33 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from tqdm import tqdm
 
 from vlkd.data.eval_set import EvalSet
 from vlkd.errors import UserError
+from vlkd.models.classifier_images import load_for_images
 from vlkd.models.fingerprint import model_fingerprint
-from vlkd.models.load import load_image_encoder
 from vlkd.protocols.agreement import Scores, agreement
 from vlkd.protocols.measured import Measured
+from vlkd.retrieval.progress import Progress
 from vlkd.suite.declaration import DataEntry, Suite
-from vlkd.suite.measure import IMAGE_ONLY, MEASURES, TASKS, kept_choices
+from vlkd.suite.job import LISTED, Job, about_data, about_entry, about_model, about_weights, check_job
+from vlkd.suite.measure import IMAGE_ONLY, MEASURES, TASKS, kept_choices, protocols_of
 from vlkd.suite.presence import Present, presence
-from vlkd.suite.results import (
-    Row,
-    append_row,
-    error_columns,
-    measured_columns,
-    model_columns,
-    read_results,
-    versions,
-    write_items,
-)
+from vlkd.suite.results import Row, append_row, error_columns, measured_columns, read_results, write_items
 from vlkd.suite.store import Store
-from vlkd.suite.subject import Data, Encoding, Subject, open_data
+from vlkd.suite.subject import Data, Subject, open_data
+from vlkd.suite.table import AGREEMENT, UNOPENED
 
 EMBEDDINGS = "embeddings"
 MEMORY = "data"
 LOCK = ".suite.lock"
-LISTED = 16
 AGREEMENT_KINDS = ("classification", "retrieval")
 
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What a suite is asked to do.
-
-    Attributes:
-        suite: what is declared.
-        root: where its data lie.
-        refs: the models; the teacher is among them or is put in front.
-        out: the folder of the results.
-        store: the folder of the embeddings.
-        encoding: how to encode.
-        device: where the models run.
-        teacher: reference of the model that the others are compared with, "" for none.
-    """
-
-    suite: Suite
-    root: Path
-    refs: tuple[str, ...]
-    out: Path
-    store: Path
-    encoding: Encoding
-    device: str = "cpu"
-    teacher: str = ""
-
-    @property
-    def models(self) -> tuple[str, ...]:
-        """The references, the teacher first, each once."""
-        return tuple(dict.fromkeys([*([self.teacher] if self.teacher else []), *self.refs]))
+Opened = Data | tuple[DataEntry, str]
+"""A data set, or its declaration and what is wrong with it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,19 +51,16 @@ class Summary:
 
 
 def run_suite(job: Job, *, progress: bool = True) -> Summary:
-    """Run every model on every data set that is there; a data set that fails becomes an error row.
+    """Run every model on every data set that is there; a data set or a model that fails becomes error rows.
 
     Args:
         job: what to do. Results that are in `job.out` already, of the same weights, data and settings, are kept.
-        progress: show one bar for everything, with rate and time left.
+        progress: show how far everything is, with rate and time left.
 
     Raises:
-        UserError: a model cannot be loaded, or results cannot be written.
+        UserError: the job cannot begin (`check_job`), or results cannot be written.
     """
-    if not job.root.is_dir():
-        raise UserError(
-            f"There is no folder {job.root}; give the root of the data sets, as `vlkd prep tier0` makes one."
-        )
+    check_job(job)
     job.out.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(job.out / LOCK, timeout=0):
@@ -107,35 +70,42 @@ def run_suite(job: Job, *, progress: bool = True) -> Summary:
 
 
 def _run(job: Job, progress: bool) -> Summary:
+    opened: list[Opened] = []
     found = presence(job.suite, job.root)
-    opened = [_open(present, job) for present in tqdm(found, desc="opening", unit="data set", disable=not progress)]
-    with tqdm(total=_work(opened) * len(job.models), unit="image", disable=not progress, smoothing=0.05) as bar:
+    with Progress(len(found), unit="data set", description="opening", show=progress) as bar:
+        for present in found:
+            opened.append(_open(present, job))
+            bar.advance()
+    total = sum(_work(data) for data in opened) * len(job.models)
+    with Progress(total, unit="image", show=progress) as bar:
         runner = _Runner(job, bar)
         for ref in job.models:
             runner.run_model(ref, opened)
     return Summary(made=runner.made, kept=runner.kept, failed=runner.failed)
 
 
-def _open(present: Present, job: Job) -> Data | tuple[DataEntry, str]:
-    """The data set, or its declaration and what is wrong with it."""
+def _open(present: Present, job: Job) -> Opened:
     entry = present.entry
     if present.path is None:
         return entry, present.problem
     try:
         return open_data(entry, present.path, job.root, job.store / MEMORY)
-    except UserError as error:
-        return entry, str(error)
     except Exception as error:  # One odd data set must not end the others.
-        traceback.print_exc(file=sys.stderr)
-        return entry, f"{type(error).__name__}: {error}"
+        return entry, _sentence(error)
 
 
-def _work(opened: Sequence[Data | tuple[DataEntry, str]]) -> int:
-    """Images to pass for one model, training images and texts included."""
-    return sum(_work_of(data) for data in opened if isinstance(data, Data))
+def _sentence(error: Exception) -> str:
+    """What an error row says; of an error that is not the user's the whole trace goes to stderr."""
+    if isinstance(error, UserError):
+        return str(error)
+    traceback.print_exception(error, file=sys.stderr)
+    return f"{type(error).__name__}: {error}"
 
 
-def _work_of(data: Data) -> int:
+def _work(data: Opened) -> int:
+    """Images and texts to pass for one model, training images included."""
+    if not isinstance(data, Data):
+        return 0
     return len(data.test) + _texts(data.test) + (len(data.train) if data.train is not None else 0)
 
 
@@ -163,84 +133,85 @@ def restrict(suite: Suite, names: Sequence[str]) -> Suite:
 class _Runner:
     """The state of a running suite: what is on disk, what was counted, and the one bar."""
 
-    def __init__(self, job: Job, bar: Any) -> None:
+    def __init__(self, job: Job, bar: Progress) -> None:
         self.job, self.bar = job, bar
         self.made = self.kept = self.failed = 0
-        self._passed = 0
         known = read_results(job.out) if (job.out / "results.jsonl").is_file() else []
         self._known = {(str(row["model_ref"]), str(row["dataset"]), str(row["protocol"])): row for row in known}
         self._teachers: dict[str, tuple[Store, float, str]] = {}
 
-    def run_model(self, ref: str, opened: Sequence[Data | tuple[DataEntry, str]]) -> None:
-        """All data sets of one model."""
-        self.bar.set_description(f"{Path(ref).name}: loading")
-        model = load_image_encoder(ref, device=self.job.device)
-        fingerprint = model_fingerprint(model)
+    def run_model(self, ref: str, opened: Sequence[Opened]) -> None:
+        """All data sets of one model; one that cannot be loaded has an error row for each of them."""
+        self.bar.describe(f"{Path(ref).name}: loading")
+        about = about_model(ref, self.job)
+        try:
+            model: Any = load_for_images(ref, device=self.job.device)
+            fingerprint = model_fingerprint(model)
+            about |= about_weights(model, fingerprint)
+            scale = _logit_scale(model)
+        except Exception as error:  # One odd model must not end the others.
+            sentence = f"The model was not loaded: {_sentence(error)}"
+            for data in opened:
+                self._fail(about | about_entry(_entry(data), self.job), UNOPENED, sentence)
+                self.bar.skip(_work(data))
+            return
         store = Store(self.job.store, fingerprint, self.job.encoding.precision)
-        about = _about_model(ref, model, fingerprint, self.job)
-        scale = _logit_scale(model)
         if ref == self.job.teacher:
             self._teachers[ref] = (store, scale, fingerprint)
         for data in opened:
-            begin = self.bar.n
-            entry = data.entry if isinstance(data, Data) else data[0]
-            self.bar.set_description(f"{Path(ref).name}: {entry.name}")
+            begin = self.bar.done
+            self.bar.describe(f"{Path(ref).name}: {_entry(data).name}")
             if isinstance(data, Data):
-                subject = Subject(model, ref, fingerprint, data, store, self.job.encoding, scale, self.bar.update)
+                subject = Subject(model, ref, fingerprint, data, store, self.job.encoding, scale, self.bar.advance)
                 self._run_data(subject, about)
-                # What came from the store was not passed; the bar takes it as done, the rate does not suffer much.
-                self.bar.update(_work_of(data) - (self.bar.n - begin))
             else:
-                self._fail(about | _about_entry(entry, self.job), entry, "data", data[1])
+                self._fail(about | about_entry(data[0], self.job), UNOPENED, data[1])
+            # What came from the store was not passed.
+            self.bar.skip(_work(data) - (self.bar.done - begin))
         del model
         gc.collect()
 
     def _run_data(self, subject: Subject, about: Row) -> None:
         data = subject.data
-        row = about | _about_data(data, self.job)
-        for protocol in data.entry.protocols_for(data.test.kind):
-            if subject.reads_texts or protocol in IMAGE_ONLY:
-                self._one(subject, row, protocol)
+        row = about | about_data(data, self.job)
+        for protocol in protocols_of(subject):
+            self._one(subject, row, protocol)
         if not self.job.teacher or not subject.reads_texts or data.test.kind not in AGREEMENT_KINDS:
             return
         if subject.ref == self.job.teacher:
             with contextlib.suppress(UserError):
                 _scores(subject)  # Its results may be kept, but its embeddings gone.
             return
+        if self.job.teacher not in self._teachers:
+            self._fail(row, AGREEMENT, f"The teacher {self.job.teacher} was not loaded; see its rows.")
+            return
         teacher = {"teacher": self.job.teacher, "teacher_fingerprint": self._teachers[self.job.teacher][2]}
-        self._one(subject, row | {"settings": row["settings"] | teacher}, "agreement")
+        self._one(subject, row | {"settings": row["settings"] | teacher}, AGREEMENT)
 
     def _one(self, subject: Subject, row: Row, protocol: str) -> None:
-        known = self._known.get((subject.ref, subject.data.entry.name, protocol))
-        if known is not None and _same(known, row):
-            self.kept += 1
-            return
         started = time.perf_counter()
         try:
-            measured = self._agreement(subject) if protocol == "agreement" else MEASURES[protocol](subject)
+            known = self._known.get((subject.ref, subject.data.entry.name, protocol))
+            if known is not None and _same(known, row) and not _readable_now(known, subject, protocol):
+                self.kept += 1
+                return
+            measured = self._agreement(subject) if protocol == AGREEMENT else MEASURES[protocol](subject)
+            unreadable = _unreadable(subject, protocol)
         except Exception as error:
-            if not isinstance(error, UserError):
-                traceback.print_exc(file=sys.stderr)
-            sentence = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            self._fail(row, subject.data.entry, protocol, sentence)
+            self._fail(row, protocol, _sentence(error))
             return
-        bad = subject.images.bad
         row = row | measured_columns(measured)
         if row["random_score"] is None and measured.main_metric == subject.data.entry.main_metric:
             row["random_score"] = subject.data.entry.random_score
-        row |= {
-            "unreadable": len(bad),
-            "unreadable_keys": [key for key, _ in bad[:LISTED]],
-            "seconds": round(time.perf_counter() - started, 3),
-        }  # fmt: skip
-        keys = _item_keys(subject)
-        row["items"] = write_items(self.job.out, row, measured.per_item, keys)
+        row |= unreadable | {"seconds": round(time.perf_counter() - started, 3)}
+        row["items"] = write_items(self.job.out, row, measured.per_item, _item_keys(subject))
         append_row(self.job.out, row)
         self._known[subject.ref, subject.data.entry.name, protocol] = row
         self.made += 1
-        if bad:
-            self.bar.write(f"{subject.data.entry.name}: {len(bad)} unreadable, first {bad[0][0]}", file=sys.stderr)
-        self.bar.set_postfix_str(f"{protocol} {measured.main_metric} {measured.score:.3f}")
+        if row["unreadable"]:
+            first = row["unreadable_keys"][0]
+            self.bar.write(f"{subject.data.entry.name}: {row['unreadable']} unreadable, first {first}")
+        self.bar.note(f"{protocol} {measured.main_metric} {measured.score:.3f}")
 
     def _agreement(self, subject: Subject) -> Measured:
         store, scale, fingerprint = self._teachers[self.job.teacher]
@@ -251,15 +222,38 @@ class _Runner:
         prints = (fingerprint, subject.fingerprint)
         if not all(row is not None and _of(row, data, one) for row, one in zip(rows, prints, strict=True)):
             raise UserError(f"Teacher or student has no result for {data.entry.name}; see their rows.")
+        if not np.array_equal(teacher.images.index, subject.images.index):
+            raise UserError(
+                f"Teacher and student could read different pictures of {data.entry.name}; run the suite again."
+            )
         scores = [float(row["score"]) for row in rows if row is not None]
         return agreement(_scores(teacher), _scores(subject), teacher_score=scores[0], student_score=scores[1])
 
-    def _fail(self, row: Row, entry: DataEntry, protocol: str, sentence: str) -> None:
+    def _fail(self, row: Row, protocol: str, sentence: str) -> None:
         self.failed += 1
         row = row | error_columns(protocol, TASKS.get(protocol, protocol), sentence)
         append_row(self.job.out, row)
-        self._known[str(row["model_ref"]), entry.name, protocol] = row
-        self.bar.write(f"{row['model_ref']}, {entry.name}, {protocol}: {sentence}", file=sys.stderr)
+        self._known[str(row["model_ref"]), str(row["dataset"]), protocol] = row
+        self.bar.write(f"{row['model_ref']}, {row['dataset']}, {protocol}: {sentence}")
+
+
+def _entry(data: Opened) -> DataEntry:
+    return data.entry if isinstance(data, Data) else data[0]
+
+
+def _unreadable(subject: Subject, protocol: str) -> Row:
+    """Of how many pictures the row's figures know nothing, and the first of those that are tested."""
+    bad = subject.images.bad
+    learned = subject.train_images.bad if protocol in IMAGE_ONLY else ()
+    keys = [key for key, _ in bad[:LISTED]]
+    return {"unreadable": len(bad), "unreadable_keys": keys, "unreadable_train": len(learned)}
+
+
+def _readable_now(known: Row, subject: Subject, protocol: str) -> bool:
+    """Whether pictures that a stored result had to leave out can be read by now; it stands if they cannot."""
+    if not known.get("unreadable") and not known.get("unreadable_train"):
+        return False
+    return any(known.get(name) != value for name, value in _unreadable(subject, protocol).items())
 
 
 def _scores(subject: Subject) -> Scores:
@@ -288,55 +282,6 @@ def _of(row: Mapping[str, Any], data: Data, fingerprint: str) -> bool:
 def _same(known: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
     names = ("fingerprint", "data_hash", "precision", "settings")
     return known["status"] == "ok" and all(known.get(name) == row[name] for name in names)
-
-
-def _about_model(ref: str, model: Any, fingerprint: str, job: Job) -> Row:
-    return {
-        **model_columns(ref),
-        "language": "en",
-        "model_ref": ref,
-        "fingerprint": fingerprint,
-        "width": model.width,
-        "parameters": sum(value.numel() for value in model.parameters()),
-        "precision": job.encoding.precision,
-        "dtype": "float32",
-        "similarity": "cosine",
-        "ties": "smaller id first",
-        "seed": job.encoding.seed,
-        "device": job.device,
-        "batch_size": job.encoding.batch_size,
-        "versions": versions(),
-    }
-
-
-def _about_entry(entry: DataEntry, job: Job) -> Row:
-    return {
-        "dataset": entry.name,
-        "suite": job.suite.name,
-        "tags": list(entry.tags),
-        "settings": {
-            "main_metric": entry.main_metric,
-            "random_score": entry.random_score,
-            "tags": list(entry.tags),
-            "folds": entry.folds,
-            "seed": job.encoding.seed,
-            "vlkd": versions()["vlkd"],
-        },
-        "data": {"path": None, "split": entry.split, "kind": entry.kind, "train": entry.train},
-        "data_hash": None,
-        "items": None,
-    }
-
-
-def _about_data(data: Data, job: Job) -> Row:
-    entry = data.entry
-    return _about_entry(entry, job) | {
-        "data": {
-            "path": str(data.path.absolute()), "split": entry.split, "kind": data.test.kind, "train": entry.train,
-        },
-        "data_hash": data.hash,
-        "data_problems": list(data.test.problems[:LISTED]),
-    }  # fmt: skip
 
 
 def _logit_scale(model: Any) -> float:

@@ -112,17 +112,34 @@ class Store:
         """Whether the pictures of this hash were encoded."""
         return self._place("images", data_hash).is_file()
 
-    def images(self, data_hash: str, encode: Callable[[], EncodedImages]) -> EncodedImages:
-        """The stored embeddings of pictures, or those that `encode` gives, stored."""
+    def images(
+        self,
+        data_hash: str,
+        encode: Callable[[], EncodedImages],
+        retry: Callable[[EncodedImages], EncodedImages] | None = None,
+    ) -> EncodedImages:
+        """The stored embeddings of pictures, or those that `encode` gives, stored.
+
+        Args:
+            data_hash: of the pictures.
+            encode: the pass over all of them.
+            retry: given what is stored where a picture could not be read, tries these again; returns the same where
+                none can be read by now.
+        """
         place = self._place("images", data_hash)
         if not place.is_file():
             made = encode()
-            tensors = {"embed": made.embed, "index": torch.from_numpy(made.index)}
-            self._write(place, data_hash, tensors, {"bad": json.dumps(made.bad)})
+            self._write_images(place, data_hash, made)
             return made
         tensors, about = self._read(place, data_hash)
         bad = tuple((str(key), str(reason)) for key, reason in json.loads(about["bad"]))
-        return EncodedImages(embed=tensors["embed"], index=tensors["index"].numpy().astype(np.int64), bad=bad)
+        found = EncodedImages(embed=tensors["embed"], index=tensors["index"].numpy().astype(np.int64), bad=bad)
+        if not bad or retry is None:
+            return found
+        tried = retry(found)
+        if tried is not found:
+            self._write_images(place, data_hash, tried)
+        return tried
 
     def texts(self, data_hash: str, encode: Callable[[], Tensor]) -> Tensor:
         """The stored embeddings of texts, or those that `encode` gives, stored."""
@@ -135,6 +152,10 @@ class Store:
 
     def _place(self, kind: str, data_hash: str) -> Path:
         return self.folder / f"{kind}-{data_hash}.safetensors"
+
+    def _write_images(self, place: Path, data_hash: str, made: EncodedImages) -> None:
+        tensors = {"embed": made.embed, "index": torch.from_numpy(made.index)}
+        self._write(place, data_hash, tensors, {"bad": json.dumps(made.bad)})
 
     def _write(self, place: Path, data_hash: str, tensors: Mapping[str, Tensor], more: Mapping[str, str]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,8 @@ from vlkd.data.eval_set import EvalSet, open_eval_set
 from vlkd.data.labelled import read_prompts_file
 from vlkd.data.sources import MAX_BAD_SHARE
 from vlkd.errors import UserError
-from vlkd.retrieval.encode import EncodedImages, encode_images, encode_texts
+from vlkd.models.classifier_images import ClassifierImages
+from vlkd.retrieval.encode import EncodedImages, encode_images, encode_texts, encode_unread
 from vlkd.retrieval.zero_shot import DEFAULT_TEMPLATES, class_vectors
 from vlkd.suite.declaration import DataEntry
 from vlkd.suite.store import Store, images_hash, texts_hash
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from PIL.Image import Image
-
-PRECISIONS = ("fp32", "bf16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,11 +150,16 @@ class Subject:
         """Whether the model has a text tower."""
         return "text.embed" in self._loaded().provides
 
+    @property
+    def classifier(self) -> ClassifierImages | None:
+        """The model where it is a classifier, which has classes of its own; else None."""
+        model = self._loaded()
+        return model if isinstance(model, ClassifierImages) else None
+
     @functools.cached_property
     def images(self) -> EncodedImages:
         """The test images that can be read."""
-        found = self._store.images(self.data.images, lambda: self._encode_images(self.data.test))
-        return _readable(found, self.data.entry.name)
+        return self._passed(self.data.test, self.data.images, self.data.entry.name)
 
     @functools.cached_property
     def train_images(self) -> EncodedImages:
@@ -163,8 +167,7 @@ class Subject:
         train = self.data.train
         if train is None:
             raise UserError(f"{self.data.entry.name} has no training part; probes need one, so declare `train`.")
-        found = self._store.images(self.data.train_images, lambda: self._encode_images(train))
-        return _readable(found, f"{self.data.entry.name}, {self.data.entry.train}")
+        return self._passed(train, self.data.train_images, f"{self.data.entry.name}, {self.data.entry.train}")
 
     @functools.cached_property
     def labels(self) -> NDArray[Any]:
@@ -208,13 +211,24 @@ class Subject:
         """A metadata column of `images`."""
         return self.data.test.groups[name][self.images.index]
 
-    def _encode_images(self, data: EvalSet) -> EncodedImages:
-        with self._precision():
-            counted = _Counted(data, self._advance)
-            return encode_images(
-                self._loaded(), counted, batch_size=self.encoding.batch_size, workers=self.encoding.workers,
-                progress=False,
-            )  # fmt: skip
+    def _passed(self, data: EvalSet, data_hash: str, name: str) -> EncodedImages:
+        """One pass over pictures, or the stored one; what was unreadable then is tried again where a model is there."""
+        encoding = self.encoding
+        counted = _Counted(data, self._advance)
+
+        def encode() -> EncodedImages:
+            with self._precision():
+                return encode_images(
+                    self._loaded(), counted, batch_size=encoding.batch_size, workers=encoding.workers, progress=False
+                )
+
+        def retry(found: EncodedImages) -> EncodedImages:
+            with self._precision():
+                return encode_unread(
+                    self._loaded(), counted, found, batch_size=encoding.batch_size, workers=encoding.workers
+                )
+
+        return _readable(self._store.images(data_hash, encode, None if self._model is None else retry), name)
 
     def _encode_text(self, texts: Sequence[str]) -> Tensor:
         with self._precision():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from vlkd.report import Bar, Dot, Estimate, Report, Table, grouped_bar_plot, scatter_plot
@@ -119,13 +120,22 @@ def _add_bars(report: Report, table: Pivot) -> None:
     plots = []
     for protocol in dict.fromkeys(line.protocol for line in table.lines if line.protocol not in (SPEED, UNOPENED)):
         lines = [line for line in table.lines if line.protocol == protocol and line.metric and line.words.percent]
-        size = max(1, _BARS // len(table.models))
-        for start in range(0, len(lines), size):
+        models = _measured(table, lines)
+        parts = math.ceil(len(lines) * len(models) / _BARS)
+        size = math.ceil(len(lines) / max(1, parts))
+        for start in range(0, len(lines), size or 1):
             part = lines[start : start + size]
-            groups = {_group(line, lines): [_bar(line, model) for model in table.models] for line in part}
+            groups = {_group(line, lines): [_bar(line, model) for model in models] for line in part}
             metrics = ", ".join(dict.fromkeys(line.metric for line in part))
-            plots.append(grouped_bar_plot(groups, _names(table), title=spaced(protocol), x_label=f"{metrics}, percent"))
+            names = [table.names[model] for model in models]
+            plots.append(grouped_bar_plot(groups, names, title=spaced(protocol), x_label=f"{metrics}, percent"))
     report.plot(*plots)
+
+
+def _measured(table: Pivot, lines: Sequence[Line]) -> tuple[str, ...]:
+    """The models up to the last one with a value, so that a colour stands for the same model in every plot."""
+    seen = [any(line.score(model) is not None for line in lines) for model in table.models]
+    return table.models[: len(seen) - seen[::-1].index(True)] if any(seen) else ()
 
 
 def _group(line: Line, lines: Sequence[Line]) -> str:
@@ -166,9 +176,8 @@ def _add_scatter(report: Report, table: Pivot) -> None:
             if len(dots) > 1:
                 plots.append(scatter_plot(dots, title=name, x_label=x_label, y_label="mean score, percent", log_x=True))
         if datasets:
-            notes.append(
-                f"{name}: mean over {len(datasets)} data sets that all its models have: {', '.join(datasets)}."
-            )
+            over = f"mean over the {len(datasets)} data sets" if len(datasets) > 1 else "score on the one data set"
+            notes.append(f"{name}: {over} that all its models have: {', '.join(datasets)}.")
     if plots:
         report.section("Accuracy against size and speed")
         report.plot(*plots)
