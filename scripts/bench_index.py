@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 KINDS = ("flat", "hnsw", "ivf", "ivf_pq")
 STORAGES = ("float32", "int8", "binary")
@@ -63,8 +63,8 @@ def exact(args: argparse.Namespace) -> dict[str, float]:
     return {"exact_seconds": seconds, "exact_extra_mb": resident_mb("VmHWM") - before}
 
 
-def indexes(args: argparse.Namespace) -> list[dict[str, str | float]]:
-    """Every kind of index built and measured."""
+def indexes(args: argparse.Namespace) -> Iterator[dict[str, str | float]]:
+    """Every kind of index, one after the other, built and measured."""
     import torch
 
     from vlkd.retrieval.kinds import IndexSettings
@@ -73,21 +73,17 @@ def indexes(args: argparse.Namespace) -> list[dict[str, str | float]]:
     torch.set_num_threads(args.threads)
     gallery, queries = vectors(args.items, args.queries, args.width)
     truth, own = exact_neighbours(queries, gallery, args.k), self_truth(gallery, args.queries, args.k)
-    rows: list[dict[str, str | float]] = []
     for kind in args.types:
         for storage in args.storage if kind == "flat" else ["float32"]:
             for dims in [0, *args.dims]:
                 settings = IndexSettings(kind=kind, storage=storage, dims=dims)
                 index, seconds = timed_build(gallery, settings)
                 quality = measure_against(index, truth, own)
-                rows.append(
-                    {
-                        "index": settings.name, "recall": quality.recall, "self_recall": quality.self_recall,
-                        "bytes_per_vector": quality.bytes_per_vector, "build_seconds": seconds,
-                        "p50_ms": quality.p50_ms, "p99_ms": quality.p99_ms,
-                    }
-                )  # fmt: skip
-    return rows
+                yield {
+                    "index": settings.name, "recall": quality.recall, "self_recall": quality.self_recall,
+                    "bytes_per_vector": quality.bytes_per_vector, "build_seconds": seconds,
+                    "p50_ms": quality.p50_ms, "p99_ms": quality.p99_ms,
+                }  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -112,13 +108,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     figures = json.loads(subprocess.run(child, check=True, stdout=subprocess.PIPE, text=True).stdout)
     print(
         f"{args.items:,} vectors of width {args.width}, {args.queries:,} queries, k = {args.k}: exact search "
-        f"{figures['exact_seconds']:.2f} s, {figures['exact_extra_mb']:.0f} MB more memory, {args.threads} threads"
+        f"{figures['exact_seconds']:.2f} s, {figures['exact_extra_mb']:.0f} MB more memory, {args.threads} threads",
+        flush=True,
     )
-    rows = indexes(args) if args.types else []
-    if rows:
-        print("index".ljust(16) + "".join(f"{title:>14}" for title, *_ in COLUMNS))
-    for row in rows:
-        print(str(row["index"]).ljust(16) + "".join(f"{row[key]:>14.{digits}f}" for _, key, digits in COLUMNS))
+    rows = []
+    for row in indexes(args) if args.types else ():
+        if not rows:
+            print("index".ljust(16) + "".join(f"{title:>14}" for title, *_ in COLUMNS))
+        rows.append(row)
+        figure = "".join(f"{row[key]:>14.{digits}f}" for _, key, digits in COLUMNS)
+        print(str(row["index"]).ljust(16) + figure, flush=True)
     if args.json:
         size = {name: getattr(args, name) for name in ("items", "queries", "width", "k", "threads")}
         print(json.dumps({"script": "bench_index", **size, **figures, "indexes": rows}, allow_nan=False))

@@ -126,9 +126,14 @@ def open_streams(
     The pool holds the labelled images, too. With both parts each has half of the batch; neither ends before the run.
 
     Raises:
-        UserError: the batch does not divide among parts and ranks.
+        UserError: there is less than one batch, or it does not divide among parts and ranks.
     """
     parts = parts_read(terms)
+    if config.train.samples < config.train.batch_size:
+        raise UserError(
+            f"train.samples={config.train.samples}: expected at least one batch, train.batch_size="
+            f"{config.train.batch_size}."
+        )
     if config.train.batch_size % (len(parts) * accelerator.num_processes):
         raise UserError(
             f"train.batch_size={config.train.batch_size} does not divide among {len(parts)} parts (labelled and pool) "

@@ -8,7 +8,6 @@ from typing import Literal
 from vlkd.data.pool import PoolData
 from vlkd.data.views import ViewSettings
 from vlkd.engine.settings import Job, check_range, teacher_names
-from vlkd.errors import UserError
 from vlkd.models.classifier_spec import ClassifierSpec
 
 
@@ -107,8 +106,6 @@ class ClassifierTrain:
         check_range("train", self, samples=(1, None), batch_size=(2, None), log_steps=(1, None), validations=(1, None))
         check_range("train", self, lr=(1e-12, None), weight_decay=(0, None), warmup=(0, 1), clip=(0, None))
         check_range("train", self, save_minutes=(0, None), save_steps=(0, None))
-        if self.samples < self.batch_size:
-            raise UserError(f"train.samples={self.samples}: expected at least one batch of {self.batch_size}.")
 
 
 @dataclass(frozen=True, kw_only=True)
