@@ -10,14 +10,17 @@ import numpy as np
 import pytest
 import torch
 from helpers.classes import CLASSES, KnownTeacher, known_vectors, tiny_classifier
+from helpers.tiny_models import tiny_composite, tiny_images
 from PIL import Image
 from safetensors.torch import load_file
 from test_distill_class import BATCHES, LABELS, ZETA, distiller
 
 from vlkd.cli.main import main
+from vlkd.data.labelled import open_labelled
 from vlkd.distill.class_distiller import ClassDistiller
 from vlkd.distill.class_teacher import ClassTeacher
 from vlkd.engine.classify import loop
+from vlkd.engine.classify.embedded import embedded
 from vlkd.engine.classify.mix import ALPHAS, BETAS, choose_mix
 from vlkd.engine.classify.step import backward_step, group_gradients
 from vlkd.models.classifier import load_classifier
@@ -207,3 +210,32 @@ def test_other_settings_never_take_over_a_folder(tmp_path, capsys):
 def test_a_distiller_without_a_teacher_reads_labels_alone():
     found = ClassDistiller(tiny_classifier(), distiller().terms[:1], LABELS)
     assert set(found({"labelled": BATCHES["labelled"]})) == {"labels"}
+
+
+def test_kept_embeddings_are_those_of_these_weights_and_bytes(tmp_path, monkeypatch):
+    for number, image in enumerate(tiny_images(4)):
+        folder = tmp_path / "data" / CLASSES[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        image.save(folder / f"{number}.png")
+    model, kept = tiny_composite(), tmp_path / "kept"
+    passed = []
+    encode = type(model).encode_image
+    monkeypatch.setattr(
+        type(model), "encode_image", lambda self, images, **words: passed.append(1) or encode(self, images, **words)
+    )
+    first, labels = embedded(model, open_labelled(str(tmp_path / "data")), kept)
+    again, same = embedded(model, open_labelled(str(tmp_path / "data")), kept)
+    assert torch.equal(first, again)
+    assert torch.equal(labels, same)
+    assert len(passed) == 1
+    tiny_images(1, seed=5)[0].save(tmp_path / "data" / CLASSES[0] / "0.png")
+    changed, _ = embedded(model, open_labelled(str(tmp_path / "data")), kept)
+    assert not torch.equal(first, changed)
+    with torch.no_grad():
+        model.image_projection[0].weight.mul_(2)
+    assert not torch.equal(embedded(model, open_labelled(str(tmp_path / "data")), kept)[0], changed)
+    assert len(passed) == 3
+    (tmp_path / "data" / CLASSES[0] / "0.png").write_bytes(b"no picture")
+    for passes in (4, 5):
+        assert len(embedded(model, open_labelled(str(tmp_path / "data")), kept)[0]) == 3
+        assert len(passed) == passes

@@ -71,6 +71,8 @@ class Progress:
             if self._bar is not None:
                 self._bar.initial += count
                 self._bar.update(count)
+            elif self._lines and self._clock() - self._told >= SECONDS:
+                self._tell()
 
     def describe(self, description: str) -> None:
         """Say what is done now."""

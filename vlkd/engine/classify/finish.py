@@ -17,9 +17,10 @@ from vlkd.config import to_json
 from vlkd.data.labelled import Labelled
 from vlkd.data.loader import BatchStream
 from vlkd.data.pool import LabelledPool
+from vlkd.engine.classify.embedded import embedded
 from vlkd.engine.classify.loop import STUDENT, Outcome
 from vlkd.engine.classify.settings import ClassifierRun
-from vlkd.engine.classify.teaching import Teaching, embedded
+from vlkd.engine.classify.teaching import Teaching
 from vlkd.engine.classify.watch import HeadLogits, head_logits
 from vlkd.engine.finish import LEFT_OUT, write_lines
 from vlkd.engine.results import flat
@@ -60,7 +61,7 @@ def finish(
     for split, images in splits.items():
         entries += student_entries(student, images, split, STUDENT)
         if teaching is not None and config.report.teacher:
-            entries.append(teacher_entry(teaching, images, split, config.teacher.ref))
+            entries.append(teacher_entry(teaching, images, split, config.teacher.ref, config.teacher.place))
         for ref in config.report.compare:
             entries += student_entries(compared(ref, pool), images, split, ref)[:1]
     bad = {key: reason for stream in streams.values() for key, reason in stream.bad.items()}
@@ -137,9 +138,9 @@ def head_tables(student: Classifier, found: HeadLogits) -> dict[str, NDArray[np.
     return {role: table.numpy() for role, table in tables.items()}
 
 
-def teacher_entry(teaching: Teaching, images: Labelled, split: str, ref: str) -> Entry:
+def teacher_entry(teaching: Teaching, images: Labelled, split: str, ref: str, kept: Path) -> Entry:
     """The teacher's own probabilities, those that it teaches."""
-    embed, labels = embedded(teaching.model, images)
+    embed, labels = embedded(teaching.model, images, kept)
     device = teaching.teacher.vectors.device
     with torch.no_grad():
         table = teaching.teacher.logits(embed.to(device)).double().softmax(dim=1).cpu().numpy()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from vlkd.data.pool import PoolData
@@ -42,6 +43,11 @@ class ClassTeaching:
     def name(self) -> str:
         """A short name, by which stored features are found."""
         return teacher_names((self.ref,))[0]
+
+    @property
+    def place(self) -> Path:
+        """The folder of everything that is stored of it."""
+        return Path(self.folder) / self.name
 
 
 @dataclass(frozen=True, kw_only=True)

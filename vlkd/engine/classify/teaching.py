@@ -5,24 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from vlkd.data.labelled import Labelled
 from vlkd.data.pool import LabelledPool
 from vlkd.data.sources import source_name
 from vlkd.distill.cache import CacheSpec, ensure_cache
-from vlkd.distill.class_teacher import ClassTeacher, ShotCache, choose_cache, zero_shot_logits
+from vlkd.distill.class_teacher import ClassTeacher, choose_cache, zero_shot_logits
 from vlkd.distill.teachers import CachedTeacher, OnlineTeacher, Teacher
+from vlkd.engine.classify.embedded import embedded
 from vlkd.engine.classify.mix import accuracy
 from vlkd.engine.classify.settings import ClassifierRun
 from vlkd.errors import UserError
 from vlkd.metrics import wilson_interval
 from vlkd.models.base import DualEncoderModule, channels_last
 from vlkd.models.load import load
-from vlkd.retrieval.encode import PairSource, encode_images
 from vlkd.retrieval.zero_shot import DEFAULT_TEMPLATES, class_vectors
 
 
@@ -55,7 +55,7 @@ def prepare_teacher(config: ClassifierRun, pool: LabelledPool, accelerator: Acce
         raise UserError(f"teacher.ref={settings.ref} has no text tower; name a dual encoder.")
     vectors = class_vectors(model.encode_text, pool.classes, pool.templates or DEFAULT_TEMPLATES)
     zeta = settings.zeta or 1 / logit_scale(model)
-    seen, labels = embedded(model, pool.val)
+    seen, labels = embedded(model, pool.val, settings.place)
     plain = accuracy(zero_shot_logits(seen, vectors, zeta), labels)
     low, high = wilson_interval(plain * len(labels), len(labels))
     told = [
@@ -64,43 +64,44 @@ def prepare_teacher(config: ClassifierRun, pool: LabelledPool, accelerator: Acce
     ]
     if low <= 1 / len(pool.classes):
         told.append("Warning: the teacher's zero-shot accuracy cannot be told from chance; it has nothing to teach.")
-    cache, found = None, plain
-    if settings.few_shot:
-        cache, found, sentence = few_shot_cache(model, pool, vectors, zeta, seen, labels)
-        told.append(sentence)
     for sentence in told:
         accelerator.print(sentence)
-    teacher = ClassTeacher(_source(config, pool, model, accelerator), vectors, zeta, cache)
-    return Teaching(model=model, teacher=teacher, accuracy=found, told=tuple(told))
+    source = _source(config, pool, model, accelerator)
+    cache, found = None, plain
+    if settings.few_shot:
+        keys, own = shot_keys(model, pool, source, settings.place)
+        cache, found = choose_cache(keys, own, vectors, zeta, seen, labels)
+        constants = f"weight {cache.weight:g}, sharpness {cache.sharpness:g}, chosen on validation images"
+        told.append(f"With a cache of {len(own)} labelled images ({constants}): {100 * found:.1f} %.")
+        accelerator.print(told[-1])
+    return Teaching(model=model, teacher=ClassTeacher(source, vectors, zeta, cache), accuracy=found, told=tuple(told))
 
 
-def few_shot_cache(
-    model: DualEncoderModule, pool: LabelledPool, vectors: Tensor, zeta: float, seen: Tensor, labels: Tensor
-) -> tuple[ShotCache, float, str]:
-    """The Tip-Adapter cache of the labelled images, its accuracy on validation images, and that in words."""
+def shot_keys(model: DualEncoderModule, pool: LabelledPool, source: Teacher, kept: Path) -> tuple[Tensor, Tensor]:
+    """Embeddings (L, D) and class ids (L,) of the labelled images that can be read.
+
+    The mean of each image's stored views, unit length each, as Tip-Adapter averages over augmented ones; of a teacher
+    without stored features the picture as in evaluation.
+    """
+    if isinstance(source, CachedTeacher):
+        (part,) = source.parts
+        rows = torch.from_numpy(pool.labelled)
+        rows = rows[~torch.isin(rows, torch.tensor(source.unreadable_rows(), dtype=torch.int64))]
+        views = [part.image("image.embed", rows, torch.full_like(rows, view)) for view in range(part.views)]
+        return torch.stack([normalize(view, dim=1) for view in views]).mean(dim=0), torch.from_numpy(pool.labels)[rows]
     known = Labelled(
         pool.classes,
         [pool.pairs.files[row] for row in pool.labelled],
         pool.labels[pool.labelled],
         [pool.pairs.keys[row] for row in pool.labelled],
     )
-    keys, own = embedded(model, known)
-    cache, found = choose_cache(keys, own, vectors, zeta, seen, labels)
-    constants = f"weight {cache.weight:g}, sharpness {cache.sharpness:g}, chosen on validation images"
-    return cache, found, f"With a cache of {len(own)} labelled images ({constants}): {100 * found:.1f} %."
+    return embedded(model, known, kept)
 
 
 def logit_scale(model: DualEncoderModule) -> float:
     """The factor on cosines that the model learned, already exponentiated."""
     with torch.no_grad():
         return float(model.encode({}, ("logit_scale",))["logit_scale"])
-
-
-def embedded(model: DualEncoderModule, images: Labelled) -> tuple[Tensor, Tensor]:
-    """Embeddings (I, D) and class ids (I,) of the readable images, prepared as in evaluation, on the CPU."""
-    source: PairSource = images
-    found = encode_images(model, source, progress=False)
-    return found.embed, torch.from_numpy(np.asarray(images.labels)[found.index])
 
 
 def _source(config: ClassifierRun, pool: LabelledPool, model: DualEncoderModule, accelerator: Accelerator) -> Teacher:
@@ -118,7 +119,7 @@ def _source(config: ClassifierRun, pool: LabelledPool, model: DualEncoderModule,
     place = f"{source_name(config.data.root)}-{pool.pairs.fingerprint()[:8]}"
     with accelerator.main_process_first():
         reader = ensure_cache(
-            Path(settings.folder) / settings.name / place,
+            settings.place / place,
             settings.name,
             model,
             pool.pairs,
