@@ -80,8 +80,10 @@ class ClassTeacher:
 
     def logits(self, embed_BD: Tensor) -> Tensor:
         """(B, C) of embeddings (B, D)."""
-        found = zero_shot_logits(embed_BD, self.vectors, self.zeta)
-        return found if self.cache is None else found + shot_logits(embed_BD, self.cache, len(self.vectors))
+        # Autocast would run the products in half precision, where 1 / zeta turns rounding into whole logits.
+        with torch.autocast(embed_BD.device.type, enabled=False):
+            found = zero_shot_logits(embed_BD, self.vectors, self.zeta)
+            return found if self.cache is None else found + shot_logits(embed_BD, self.cache, len(self.vectors))
 
     @torch.no_grad()
     def targets(self, batch: Batch) -> dict[str, Tensor]:

@@ -82,6 +82,21 @@ def reads(terms: Iterable[ClassTerm], names: Iterable[str]) -> bool:
     return any(feature.partition(".")[2] in wanted for term in terms for feature in term.features)
 
 
+def heads_trained(terms: Sequence[ClassTerm]) -> tuple[str, ...]:
+    """The heads, "label" and "teacher", that some term trains.
+
+    Raises:
+        UserError: no head is, so that nothing would classify.
+    """
+    found = tuple(name for name in ("label", "teacher") if reads(terms, (f"{name}_logits",)))
+    if not found:
+        raise UserError(
+            f"The terms ({', '.join(term.name for term in terms) or 'none'}) train no head that names classes; expected "
+            "one that reads label_logits or teacher_logits: give method.supervised or method.distillation a weight."
+        )
+    return found
+
+
 def parts_read(terms: Iterable[ClassTerm]) -> tuple[Part, ...]:
     """The parts whose images must pass the student, in order."""
     found = {term.part for term in terms}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from vlkd.engine.classify.curve import FREE, ONE_HEAD, Curve, Line, Summary, differences, pairs, summary
+from vlkd.engine.classify.curve import FREE, ONE_HEAD, OURS, Curve, Line, Summary, differences, pairs, summary
 from vlkd.report import Estimate, Report, Table, line_plot
 from vlkd.report.table import Value
 
@@ -25,8 +25,8 @@ class Measure:
 
 
 ACCURACY = Measure(title="Accuracy", figure="acc1", factor=100, best="highest", told="Percent.")
-MEASURES = (
-    ACCURACY,
+DIFFERENCES = "Paired differences of accuracy"
+FURTHER = (
     Measure(title="Expected calibration error", figure="ece", factor=100, best="lowest", told="Percent."),
     Measure(title="Label head alone", figure="label_head", factor=100, told="Accuracy in percent."),
     Measure(title="Teacher head alone", figure="teacher_head", factor=100, told="Accuracy in percent."),
@@ -55,9 +55,9 @@ def shots_words(shots: str) -> str:
 
 
 def tables(curve: Curve) -> dict[str, Table]:
-    """By title: each measure that any run has, methods by shots, then the paired differences."""
-    found = {one.title: measure_table(curve, one) for one in MEASURES}
-    found["Paired differences of accuracy"] = difference_table(curve)
+    """By title: accuracy, its paired differences, and each other measure that any run has; methods by shots."""
+    found = {ACCURACY.title: measure_table(curve, ACCURACY), DIFFERENCES: difference_table(curve)}
+    found |= {one.title: measure_table(curve, one) for one in FURTHER}
     return {title: table for title, table in found.items() if table.rows}
 
 
@@ -85,8 +85,8 @@ def difference_table(curve: Curve) -> Table:
         if any(cells):
             rows.append([f"{ours.name} − {other.name}", *(estimate(cell, 100, 2) for cell in cells), seeds(cells)])
     caption = (
-        "Percentage points, mean over the seeds that both have, with its 95 % interval (Student's t of the differences); "
-        "the same seed has the same labelled images."
+        "Percentage points, mean over the seeds that both have, with its 95 % interval (Student's t of the "
+        "differences); the same seed has the same labelled images."
     )
     return Table(("difference", *map(shots_words, curve.shots), "seeds"), rows, caption=caption)
 
@@ -132,8 +132,8 @@ def verdicts(curve: Curve) -> list[str]:
             surely = sum(cell.low is not None and cell.low > 0 for cell in cells)
             below = sum(cell.high is not None and cell.high < 0 for cell in cells)
             found.append(
-                f"{ours.name} minus {other.name}: above 0 at {above} of {len(cells)} shot counts; the 95 % interval lies "
-                f"above 0 at {surely} and below 0 at {below}."
+                f"{ours.name} minus {other.name}: above 0 at {above} of {len(cells)} shot counts; the 95 % interval "
+                f"lies above 0 at {surely} and below 0 at {below}."
             )
     return found
 
@@ -141,10 +141,14 @@ def verdicts(curve: Curve) -> list[str]:
 def plot_series(
     curve: Curve,
 ) -> tuple[dict[str, tuple[list[float], list[float]]], dict[str, list[tuple[float, float]]]]:
-    """The lines of the plot and their intervals, percent; intervals end at 0 and 100."""
+    """The lines of the plot and their intervals, percent; intervals end at 0 and 100.
+
+    DHO and one head come first, for they have the colours that are easiest to tell apart.
+    """
     series: dict[str, tuple[list[float], list[float]]] = {}
     intervals: dict[str, list[tuple[float, float]]] = {}
-    for line in curve.lines:
+    first = {OURS: 0, ONE_HEAD: 1}
+    for line in sorted(curve.lines, key=lambda line: first.get(line.base, len(first))):
         cells = [summary(line.at(shots, ACCURACY.figure)) for shots in curve.shots]
         points = [(place, cell) for place, cell in zip(curve.places, cells, strict=True) if cell]
         series[line.name] = ([place for place, _ in points], [100 * cell.mean for _, cell in points])
@@ -163,8 +167,8 @@ def page(curve: Curve, title: str) -> Report:
     first = next(one for line in students for by_seed in line.results.values() for one in by_seed.values())
     runs = sum(len(by_seed) for line in students for by_seed in line.results.values())
     lead = (
-        f"{runs} runs of {first.samples:,} student samples each, {first.settings['model.image']}, {first.classes} classes "
-        f"of {first.settings['data.root']}, {first.images} images of the split {curve.split}."
+        f"{runs} runs of {first.samples:,} student samples each, {first.settings['model.image']}, {first.classes} "
+        f"classes of {first.settings['data.root']}, {first.images} images of the split {curve.split}."
     )
     report = Report(title, lead)
     report.section("Accuracy over shots")
@@ -183,12 +187,17 @@ def page(curve: Curve, title: str) -> Report:
     )
     for sentence in verdicts(curve):
         report.text(sentence)
-    for name, table in tables(curve).items():
+    drawn = tables(curve)
+    for name in (name for name in (ACCURACY.title, DIFFERENCES) if name in drawn):
         report.section(name)
-        report.table(table)
+        report.table(drawn.pop(name))
     for ours, other in pairs(curve):
         if other.base == ONE_HEAD:
             report.folded(f"{ours.name} − {other.name}, seed by seed", seed_table(curve, ours, other))
+    report.section("Further figures")
+    for name, table in drawn.items():
+        report.heading(name)
+        report.table(table)
     report.section("Runs")
     report.folded("Settings in which the methods differ", settings_table(students))
     if curve.left_out:

@@ -18,7 +18,12 @@ Settings = Mapping[str, Any]
 
 ANY = "any"
 """In place of the shots of a run that reads no label."""
-_ROLES = {"student": "acc1", "label head": "label_head", "teacher head": "teacher_head"}
+_ROLES = {
+    "student": ("acc1", ""),
+    "label head": ("label_head", "method.supervised"),
+    "teacher head": ("teacher_head", "method.distillation"),
+}
+"""A role's figure, and the weight without which that head is not trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +37,8 @@ class Result:
         place: its labels per class.
         seed: of the run.
         samples: student samples seen.
-        figures: by name: acc1, label_head, teacher_head (accuracies), ece, alpha, beta, seconds, samples, and where they
-            were logged the means of conflict/trunk and conflict/heads.
+        figures: by name: acc1, label_head, teacher_head (accuracies), ece, alpha, beta, seconds, samples, and where
+            they were logged the means of conflict/trunk and conflict/heads.
         teacher: the teacher's acc1 and ece, or nothing.
         images: of the split.
         classes: their number.
@@ -84,7 +89,11 @@ def _result(folder: Path, settings: Settings, rows: Mapping[str, Mapping[str, An
     shots = str(settings["data.shots"])
     reads = bool(settings["method.supervised"]) or bool(settings["teacher.few_shot"])
     place = int(shots) if shots.isdecimal() else row["labelled"] / row["counts"]["classes"]
-    figures = {name: float(rows[role]["acc1"]) for role, name in _ROLES.items() if role in rows}
+    figures = {
+        name: float(rows[role]["acc1"])
+        for role, (name, weight) in _ROLES.items()
+        if role in rows and (not weight or settings[weight])
+    }
     figures |= {"ece": float(row["metrics"]["ece"]), "seconds": float(row["seconds"]), "samples": float(row["samples"])}
     figures |= {name: float(row["best"][name]) for name in ("alpha", "beta")}
     logged = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,14 +19,16 @@ from vlkd.engine.classify.settings import ClassifierTrain
 from vlkd.engine.classify.step import ClassStep, backward_step
 from vlkd.engine.classify.watch import Seen
 from vlkd.engine.clock import Clock
-from vlkd.engine.distributed import agreed, clip_gradients, copy_from_first_rank
+from vlkd.engine.distributed import agreed, clip_gradients, copy_from_first_rank, each_ranks
 from vlkd.engine.log import MetricsLog
 from vlkd.engine.loop import share_left_out
 from vlkd.engine.optim import learning_rate, parameter_groups
-from vlkd.models.classifier import Classifier
+from vlkd.models.classifier import FORMAT, VERSION, Classifier, is_classifier
+from vlkd.models.folder import read_layout
 
-BEST = "best.json"
 STUDENT = "student"
+CHOSEN = "chosen"
+"""Among the notes of the kept student: its step, its accuracy on validation images, alpha, beta."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +87,7 @@ def train(
     step, seconds, best = 0, 0.0, {"score": -1.0}
     if saved := newest_checkpoint(folder / "checkpoints"):
         state = load_checkpoint(saved, modules={"distiller": distiller}, optimizer=optimizer)
-        step, seconds, best = state["step"], state["seconds"], state["best"]
+        step, seconds, best = state["step"], state["seconds"], _kept(folder, state["best"])
         for part, stream in streams.items():
             stream.load_state_dict(state["streams"][part])
         accelerator.print(f"continuing from {saved} ({step * settings.batch_size} samples seen)")
@@ -147,16 +149,29 @@ def train(
 def _keep(student: Classifier, best: Mapping[str, float], folder: Path) -> None:
     """The student in its folder, with the constants of its mix."""
     student.alpha, student.beta = best["alpha"], best["beta"]
+    student.notes = student.notes | {CHOSEN: dict(best)}
     student.save(folder / STUDENT)
-    temporary = folder / f".{BEST}"
-    temporary.write_text(json.dumps(best) + "\n")
-    temporary.replace(folder / BEST)
+
+
+def _kept(folder: Path, best: dict[str, float]) -> dict[str, float]:
+    """What the kept student says of itself, as a killed run may have chosen it behind its checkpoint, which says `best`.
+
+    Without a student, as a kill between two renames leaves it, nothing is chosen yet.
+    """
+    if not is_classifier(folder / STUDENT):
+        return {"score": -1.0}
+    notes = read_layout(folder / STUDENT, FORMAT, VERSION)["notes"]
+    return dict(notes.get(CHOSEN, best))
 
 
 def _figures(distiller: ClassDistiller, found: ClassStep) -> dict[str, float]:
-    """What is logged: each term raw and weighted, the total, and what the gradients tell."""
-    row = {f"loss/{name}": float(value.detach()) for name, value in found.losses.items()}
-    for term in distiller.terms:
-        if term.name in found.losses:
-            row[f"weighted/{term.name}"] = term.weight * row[f"loss/{term.name}"]
-    return row | found.figures | {"loss": float(found.total.detach())}
+    """What is logged, means over the ranks: each term raw and weighted, the total, and what the gradients tell."""
+    none = torch.tensor(math.nan)
+    own = [*(found.losses.get(term.name, none) for term in distiller.terms), found.total]
+    ranks = each_ranks(torch.stack([value.detach().float().cpu() for value in own]))
+    *losses, total = torch.stack(ranks).nanmean(dim=0).tolist()
+    row = {}
+    for term, loss in zip(distiller.terms, losses, strict=True):
+        if not math.isnan(loss):
+            row |= {f"loss/{term.name}": loss, f"weighted/{term.name}": term.weight * loss}
+    return row | found.figures | {"loss": total}

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 
 from vlkd.config import override
 from vlkd.data.decoded import Decoded
@@ -17,9 +20,9 @@ from vlkd.data.plan_subset import SubsetPlan
 from vlkd.data.pool import LabelledPool, open_pool
 from vlkd.data.samples import Consumer, SampleSequence
 from vlkd.distill.class_distiller import STUDENT, ClassDistiller
-from vlkd.distill.class_terms import ClassTerm, Part, parts_read
+from vlkd.distill.class_terms import ClassTerm, Part, check_class_terms, heads_trained, parts_read
 from vlkd.distill.teachers import CachedTeacher
-from vlkd.engine.classify.finish import finish
+from vlkd.engine.classify.finish import compared, finish
 from vlkd.engine.classify.loop import train
 from vlkd.engine.classify.settings import ClassifierRun
 from vlkd.engine.classify.smoke import shrink_to_smoke
@@ -31,10 +34,6 @@ from vlkd.models.classifier import Classifier
 from vlkd.models.classifier_spec import build_classifier
 from vlkd.models.composite import load_composite
 from vlkd.retrieval.zero_shot import DEFAULT_TEMPLATES, class_vectors
-
-CLIP_ZETA = 0.01
-"""Of an aligned head, unless the teacher's temperature is set."""
-
 
 def run_classifier(recipe: ModuleType, assignments: Sequence[str]) -> Path:
     """Run `recipe.config()`, changed by `key=value` assignments, with `recipe.terms(config)`; returns its folder.
@@ -50,20 +49,25 @@ def run_classifier(recipe: ModuleType, assignments: Sequence[str]) -> Path:
             accelerator.print("smoke: drawn shapes and an untrained teacher stand in for data.*, model.*, teacher.ref.")
         folder = claim_folder(config)
     terms: tuple[ClassTerm, ...] = recipe.terms(config)
+    check_class_terms(terms, teacher=bool(config.teacher.ref))
+    trained = heads_trained(terms)
     pool = open_pool(config.data, seed=config.seed)
     for sentence in pool.told:
         accelerator.print(sentence)
+    for ref in config.report.compare:
+        compared(ref, pool)
     teaching = prepare_teacher(config, pool, accelerator) if config.teacher.ref else None
     torch.manual_seed(config.seed)
-    student = build_student(config, pool, folder)
+    student = build_student(config, pool, folder, trained, teaching)
+    accelerator.print(
+        f"student: {student.parameter_counts()['image'] / 1e6:.2f} M parameters, {len(pool.classes)} classes, "
+        f"{'one head' if student.teacher_head is None else 'two heads'}"
+    )
     distiller = ClassDistiller(
         student, terms, torch.from_numpy(pool.labels), teaching.teacher if teaching is not None else None
     )
     streams = open_streams(config, pool, student, terms, teaching, accelerator)
-    groups = {term.group for term in terms}
-    watch = Watch(
-        images=pool.val, mix=config.mix, supervised="supervised" in groups, distilled="distillation" in groups
-    )
+    watch = Watch(images=pool.val, mix=config.mix, trained=trained)
     # Dropout draws anew on each rank; weights are those of rank 0.
     torch.manual_seed(config.seed + 1 + accelerator.process_index)
     with plain_errors():
@@ -90,26 +94,33 @@ def open_accelerator(config: ClassifierRun) -> Accelerator:
     return Accelerator(
         cpu=config.train.device == "cpu" or config.smoke,
         mixed_precision="bf16" if config.train.precision == "bf16" and not config.smoke else "no",
+        # Ranks wait while the first one stores the teacher's features.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
     )
 
 
-def build_student(config: ClassifierRun, pool: LabelledPool, folder: Path) -> Classifier:
-    """The classifier, from a timm tower or from a dual encoder's image side; random weights from torch's generator."""
-    vectors = None
+def build_student(
+    config: ClassifierRun, pool: LabelledPool, folder: Path, trained: Sequence[str], teaching: Teaching | None
+) -> Classifier:
+    """The classifier, from a timm tower or from a dual encoder's image side; random weights from torch's generator.
+
+    It gets no second head that nothing would train, so that none answers at random. An aligned one has the teacher's
+    temperature.
+    """
+    spec, vectors = config.model, None
+    if "teacher" not in trained:
+        spec = replace(spec, heads="one", align=False)
+    elif "label" not in trained and not spec.align:
+        spec = replace(spec, heads="one")
     if config.model.language_init:
         if not config.model.start:
             raise UserError("model.language_init starts the heads from the student's text tower; name it: model.start.")
         own = load_composite(config.model.start)
         vectors = class_vectors(own.encode_text, pool.classes, pool.templates or DEFAULT_TEMPLATES)
-    zeta = config.teacher.zeta or CLIP_ZETA
-    name = str(folder / STUDENT)
-    student = build_classifier(config.model, pool.classes, class_vectors=vectors, zeta=zeta, name=name)
+    zeta = teaching.teacher.zeta if teaching is not None else 1.0
+    student = build_classifier(spec, pool.classes, class_vectors=vectors, zeta=zeta, name=str(folder / STUDENT))
     if config.train.channels_last:
         student = student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    print(
-        f"student: {student.parameter_counts()['image'] / 1e6:.2f} M parameters, {len(pool.classes)} classes",
-        flush=True,
-    )
     return student
 
 

@@ -53,11 +53,10 @@ def backward_step(
         losses = distiller(batches)
     _check_finite(losses, batches)
     sums = distiller.sums(losses)
-    if not sums:
-        return ClassStep(losses, torch.zeros(()), {})
-    total = torch.stack(list(sums.values())).sum()
+    total = torch.stack(list(sums.values())).sum() if sums else torch.zeros(())
     figures: dict[str, float] = {}
-    if (surgery or conflicts) and len(sums) == len(GROUPS):
+    # By the terms, not by the losses: a rank without a readable image still exchanges what the others do.
+    if (surgery or conflicts) and {term.group for term in distiller.terms} == set(GROUPS):
         found = group_gradients(distiller, sums)
         if conflicts:
             figures = conflict_figures(distiller, found)
@@ -65,7 +64,8 @@ def backward_step(
             _apply(distiller, found)
             return ClassStep(losses, total, figures)
         distiller.zero_grad(set_to_none=True)
-    total.backward()  # type: ignore[no-untyped-call]
+    if sums:
+        total.backward()  # type: ignore[no-untyped-call]
     average_gradients(distiller)
     return ClassStep(losses, total, figures)
 
@@ -73,9 +73,10 @@ def backward_step(
 def group_gradients(distiller: ClassDistiller, sums: Mapping[str, Tensor]) -> Gradients:
     """Per group the gradient of all ranks' sum, of the parameters that it reaches; the graph is kept."""
     found: Gradients = {}
-    for group, value in sums.items():
+    for group in GROUPS:
         distiller.zero_grad(set_to_none=True)
-        value.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+        if group in sums:
+            sums[group].backward(retain_graph=True)  # type: ignore[no-untyped-call]
         average_gradients(distiller)
         found[group] = {one: one.grad.detach() for one in distiller.parameters() if one.grad is not None}
     return found
@@ -90,10 +91,12 @@ def inner(
 
 
 def conflict_figures(distiller: ClassDistiller, gradients: Gradients) -> dict[str, float]:
-    """The cosine between the groups' gradients in the trunk and in the heads; 0 beside a zero gradient.
+    """The cosine between the groups' gradients in the trunk and in the heads; 0 beside a zero gradient, {} without one.
 
     With two heads each head has one group's gradient alone, so theirs is 0; a shared head shows the conflict.
     """
+    if not all(gradients[group] for group in GROUPS):
+        return {}
     student = distiller.student
     heads = [*student.head_parameters("label"), *student.head_parameters("teacher")]
     places = {"trunk": list(student.trunk_parameters()), "heads": list(dict.fromkeys(heads))}

@@ -81,12 +81,11 @@ class Seen:
 
 @dataclass(frozen=True, kw_only=True)
 class Watch:
-    """Attributes: images: of validation. mix: of the heads. supervised, distilled: which heads are trained."""
+    """Attributes: images: of validation. mix: of the heads. trained: the heads that are, "label" and "teacher"."""
 
     images: Labelled
     mix: Mix
-    supervised: bool
-    distilled: bool
+    trained: tuple[str, ...]
 
     def __call__(self, student: Classifier) -> Seen:
         """Measure a state of the student."""
@@ -97,13 +96,13 @@ class Watch:
         mixed = mixed_probabilities(found.label, found.teacher, alpha=alpha, beta=beta)
         score = accuracy(mixed, found.labels)
         figures = {f"val/acc1_{name}": value for name, value in figures.items()} | {"val/acc1": score}
-        return Seen(figures=figures | {"val/alpha": alpha, "val/beta": beta}, score=score, alpha=alpha, beta=beta)
+        return Seen(figures=figures | {"mix/alpha": alpha, "mix/beta": beta}, score=score, alpha=alpha, beta=beta)
 
     def constants(self, student: Classifier, found: HeadLogits) -> tuple[float, float]:
         """alpha and beta: a head that is not trained has no share."""
-        if student.teacher_head is None or not self.distilled:
+        if student.teacher_head is None or "teacher" not in self.trained:
             return 1.0, 1.0
-        if not self.supervised:
+        if "label" not in self.trained:
             return 0.0, 1.0
         if self.mix.tune:
             return choose_mix(found.label, found.teacher, found.labels)[:2]
