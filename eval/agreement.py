@@ -10,6 +10,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from vlkd.suite.options import check_numbers
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -39,12 +41,13 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--json", action="store_true", help="end with one line of strict JSON")
     args = parser.parse_args(argv)
-    if min(args.batch_size, args.k) < 1:
-        parser.error("--batch-size and -k must be 1 or more")
+    check_numbers(args, batch_size=1, k=1)
 
     from vlkd.data.eval_set import open_eval_set
     from vlkd.protocols.agreement import agreement
+    from vlkd.suite.job import check_references
 
+    check_references([args.teacher, *args.model])
     data = open_eval_set(args.data)
     check_kind(data, args.data)
     teacher, teacher_score, unreadable = scores_of(args.teacher, data, args.batch_size)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlkd.errors import UserError
-from vlkd.suite.options import check_numbers
+from vlkd.suite.options import check_file, check_numbers
 
 if TYPE_CHECKING:
     from vlkd.suite.results import Row
@@ -41,6 +41,7 @@ def main(argv: Sequence[str]) -> None:
     if len(args.results) > 2:
         raise UserError(f"{len(args.results)} results are named; expected one folder or two.")
     check_numbers(args, seed=0)
+    check_file(args, "out")
 
     from vlkd.suite.compare import compare_results
     from vlkd.suite.compare_page import comparison_markdown, comparison_page

@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlkd.errors import UserError
+from vlkd.suite.options import check_file, check_numbers
+
 if TYPE_CHECKING:
     from vlkd.suite.duplicates import Found, Pictures
 
@@ -40,10 +43,12 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="write a page with the pairs side by side")
     parser.add_argument("--json", action="store_true", help="end with one line of strict JSON")
     args = parser.parse_args(argv)
-    if args.workers < 1:
-        parser.error(f"--workers is {args.workers}; expected 1 or more")
+    check_numbers(args, workers=1)
+    check_file(args, "out")
     if args.threshold is not None and not 0 <= args.threshold < 1:
-        parser.error(f"--threshold is {args.threshold}; expected 0 (equal thumbnails) to below 1")
+        raise UserError(f"--threshold is {args.threshold}; expected 0 (equal thumbnails) to below 1.")
+    if not -1 <= args.similarity <= 1:
+        raise UserError(f"--similarity is {args.similarity}; expected a cosine from -1 to 1.")
 
     from vlkd.suite.duplicates import THRESHOLD, find_duplicates
     from vlkd.suite.duplicates_page import duplicates_page

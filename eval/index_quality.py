@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlkd.errors import UserError
-from vlkd.suite.options import check_numbers
+from vlkd.suite.options import check_file, check_numbers
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,6 +63,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--json", action="store_true", help="end with one line of strict JSON")
     args = parser.parse_args(argv)
     check_numbers(args, k=1, queries=1, batch_size=1, dims=1, shortlist=1)
+    check_file(args, "out")
 
     from vlkd.data.sources import open_pairs
 

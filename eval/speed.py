@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from vlkd.errors import UserError
+from vlkd.suite.options import check_numbers
 
 EXAMPLES = """examples:
   vlkd eval speed --model runs/retriever/student
@@ -41,13 +45,16 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--rounds", type=int, default=5, help="turns, of which the median is taken")
     parser.add_argument("--json", action="store_true", help="end with one line of strict JSON")
     args = parser.parse_args(argv)
-    if min(args.batch_size, args.rounds) < 1 or not args.seconds > 0:
-        parser.error("--batch-size, --seconds and --rounds must be above 0")
+    check_numbers(args, batch_size=1, rounds=1)
+    if not 0 < args.seconds < math.inf:
+        raise UserError(f"--seconds is {args.seconds}; expected a number above 0.")
 
     from vlkd.models.load import load_image_encoder
+    from vlkd.suite.job import check_references
     from vlkd.suite.results import RESULTS, append_row
     from vlkd.suite.speed import measure_speeds
 
+    check_references(args.model)
     models = [load_image_encoder(ref) for ref in args.model]
     found = measure_speeds(models, batch_sizes=(1, args.batch_size), seconds=args.seconds, rounds=args.rounds)
     rows = [row_of(ref, model, figures, args) for ref, model, figures in zip(args.model, models, found, strict=True)]

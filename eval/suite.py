@@ -57,8 +57,10 @@ def main(argv: Sequence[str]) -> None:
 
 def list_data(suite: Any, args: argparse.Namespace) -> None:
     """What is there and what is not."""
+    from vlkd.suite.job import check_root
     from vlkd.suite.presence import as_json, presence, presence_table, with_broken_tars
 
+    check_root(args.data)
     found = with_broken_tars(presence(suite, args.data))
     print(presence_table(suite, found, args.data))
     if args.json:

@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlkd.suite.options import check_file
+
 EXAMPLES = """examples:
   vlkd eval table results/
   vlkd eval table results/a results/b --suite vtab+ --teacher teachers/large --csv table.csv --html table.html
@@ -37,6 +39,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--html", type=Path, metavar="FILE", help="a page with plots")
     parser.add_argument("--json", action="store_true", help="end with one line of strict JSON")
     args = parser.parse_args(argv)
+    check_file(args, "csv", "markdown", "html")
 
     from vlkd.suite.declaration import load_suite
     from vlkd.suite.results import read_results
@@ -46,7 +49,8 @@ def main(argv: Sequence[str]) -> None:
 
     rows = join_results([read_results(path) for path in args.results])
     table = pivot(rows)
-    aggregates = load_suite(args.suite).aggregates if args.suite else ()
+    suite = load_suite(args.suite) if args.suite else None
+    aggregates = suite.aggregates if suite else ()
     teacher = find_model(table.models, args.teacher) if args.teacher else None
     text = markdown(table, aggregates, teacher)
     print(text)
@@ -56,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
         write(args.markdown, text)
     if args.html:
         args.html.parent.mkdir(parents=True, exist_ok=True)
-        title = f"Benchmark {args.suite}" if args.suite else "Benchmark"
+        title = suite.title if suite else "Benchmark"
         page(table, aggregates, teacher, title).write(args.html)
     if args.json:
         lines = [

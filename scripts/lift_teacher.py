@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 import vlkd.models  # noqa: F401 - before anything imports torchvision
 from vlkd.data.labelled import Labelled, open_split, read_names
-from vlkd.data.sources import open_pairs, place_of
+from vlkd.data.sources import Pairs, open_pairs, place_of
 from vlkd.errors import UserError
 from vlkd.models.composite import CompositeModel, load_composite
 from vlkd.models.towers import image_tower_width
@@ -66,11 +66,8 @@ class Photos:
 
 @dataclass(frozen=True)
 class Names:
-    """Pooled features of prompts about classes; C classes, N names, M templates.
-
-    prompts (N, M, G): every name in every template; names_of (C, K): rows of it by class, repeated where a class has
-    fewer names; meanings (C, 2, G): the mean of a class's prompts, and its name with its definition.
-    """
+    """Pooled features: prompts (N, M, G), every name in every template; names_of (C, K), rows of it by class, repeated
+    where a class has fewer names; meanings (C, 2, G), the mean of a class's prompts, and its definition."""
 
     prompts: Tensor
     names_of: Tensor
@@ -109,10 +106,7 @@ class Classifier:
         return (features @ self.weight.T + self.bias).softmax(dim=1)
 
     def patterns(self, features: Tensor) -> Tensor:
-        """(C, F): S w / (w^T S w), S the photos' covariance; each raises its class's logit by 1.
-
-        Haufe et al., 2014, https://doi.org/10.1016/j.neuroimage.2013.10.067.
-        """
+        """(C, F): S w / (w^T S w), S the covariance (Haufe et al., 2014, doi:10.1016/j.neuroimage.2013.10.067)."""
         centred = features - features.mean(dim=0)
         filters = self.weight - self.weight.mean(dim=0)
         found = filters @ (centred.T @ centred / len(centred))
@@ -150,8 +144,8 @@ def command_line() -> argparse.Namespace:
     add("--domain", nargs="*", default=[], metavar="PHOTOS=NAMES.txt", help="unlabelled photos, names of their classes")
     add("--val", nargs="*", default=[], metavar="FOLDER#SPLIT", help="class folders, to measure before and after")
     add("--out", type=Path, required=True, help="the new model folder")
-    add("--seed", type=int, default=0)
-    add("--steps", type=int, default=500)
+    for name, value in (("--seed", 0), ("--steps", 500)):
+        add(name, type=int, default=value)
     add("--batch", type=int, default=128, help="photos a step, of any kind and of every domain")
     add("--made-up", type=float, default=0.25, help="made-up features per photo")
     add("--lr", type=float, default=1e-3)
@@ -166,17 +160,19 @@ def main() -> None:
     torch.manual_seed(args.seed)
     model = load_composite(args.teacher)
     classifier = read_classifier(args.classifier, model)
-    photos = read_photos(model, args)
-    names = name_features(model, [own for own, _ in definitions(SUBSETS[:1])])
-    domains = [read_domain(model, ref, classifier, names, args) for ref in args.domain]
+    # Everything is opened before the minutes in which features are computed.
     sets = [open_split(Path(place), split) for place, split in map(place_of, args.val)]
+    opened = [open_domain(ref) for ref in args.domain]
+    pairs, more = open_pairs(args.pairs), [open_pairs(ref) for ref in args.images]
+    photos = read_photos(model, pairs, more, args.pairs)
+    names = name_features(model, [own for own, _ in definitions(SUBSETS[:1])])
+    domains = [read_domain(model, own, classifier, names, args) for own in opened]
     checks = [(labelled, *image_features(model, labelled)) for labelled in sets]
     before = [zero_shot(model, *check) for check in checks]
     train(model, photos, names, domains, classifier, args)
     model.save(args.out, golden=True)
     for ref, check, old in zip(args.val, checks, before, strict=True):
-        print(f"{ref}: zero-shot accuracy {old:.1%} before, {zero_shot(model, *check):.1%} after")
-    print(f"wrote {args.out}")
+        print(f"{ref}: zero-shot accuracy {old:.1%} before, {zero_shot(model, *check):.1%} after, in {args.out}")
 
 
 def read_classifier(path: Path, model: CompositeModel) -> Classifier:
@@ -200,17 +196,16 @@ def image_features(model: CompositeModel, source: PairSource) -> tuple[Tensor, T
     return found.embed, torch.from_numpy(found.index)
 
 
-def read_photos(model: CompositeModel, args: argparse.Namespace) -> Photos:
+def read_photos(model: CompositeModel, pairs: Pairs, more: Sequence[Pairs], ref: str) -> Photos:
     """The features of all photos without a domain, and of all captions."""
-    pairs = open_pairs(args.pairs)
     if pairs.captioned < len(pairs):
-        raise UserError(f"{args.pairs} has photos without captions, expected one for each; name them with --images.")
+        raise UserError(f"{ref} has photos without captions, expected one for each; name them with --images.")
     features, index = image_features(model, pairs)
     captions = [pairs.captions[row] for row in index.tolist()]
     count = torch.tensor([len(own) for own in captions])
-    more = [image_features(model, open_pairs(ref))[0] for ref in args.images]
+    others = [image_features(model, own)[0] for own in more]
     texts = encode_texts(PooledTowers(model), [text for own in captions for text in own], batch_size=1024)
-    return Photos(torch.cat([features, *more]), texts, count.cumsum(0) - count, count)
+    return Photos(torch.cat([features, *others]), texts, count.cumsum(0) - count, count)
 
 
 def definitions(subsets: Sequence[str]) -> list[tuple[list[str], str]]:
@@ -245,13 +240,20 @@ def defined(name: str, known: dict[str, str]) -> str:
     return f"{name}, {entry}" if entry else name
 
 
-def read_domain(model: CompositeModel, ref: str, classifier: Classifier, known: Names, args) -> Domain:
-    """The photos and names of `PHOTOS=NAMES.txt`, and which photo probably belongs to which name."""
+def open_domain(ref: str) -> tuple[Pairs, tuple[str, ...]]:
+    """The photos and the class names of `PHOTOS=NAMES.txt`."""
     place, _, file = ref.rpartition("=")
     if not place:
         raise UserError(f"Found the domain {ref!r}, expected PHOTOS=NAMES.txt, a file with one class name per line.")
-    features = image_features(model, open_pairs(place))[0]
-    names = name_features(model, [[name] for name in read_names(Path(file), None)])
+    return open_pairs(place), read_names(Path(file), None)
+
+
+def read_domain(
+    model: CompositeModel, domain: tuple[Pairs, tuple[str, ...]], classifier: Classifier, known: Names, args
+) -> Domain:
+    """The features of a domain's photos and names, and which photo probably belongs to which name."""
+    features = image_features(model, domain[0])[0]
+    names = name_features(model, [[name] for name in domain[1]])
     origin = known.meanings.mean(dim=0)
     guess = normalize(classifier.probabilities(features) @ known.centred(origin))
     shares = refined(guess @ names.centred(origin).T / args.tau, features, args.rounds)

@@ -87,6 +87,7 @@ def test_a_run_is_planned_in_a_process_of_its_own(tmp_path, capsys):
     ("words", "sentence"),
     [
         (["--plan", "retreiver"], "Did you mean 'retriever'"),
+        (["--plan", "dho", "smoke=true"], "this recipe trains a classifier"),
         (["--plan", "retriever", "train.batch=8"], "No setting is called 'train.batch'"),
         (["--plan", "retriever", "smoke=true", "--ranks", "0"], "--ranks is 0"),
     ],

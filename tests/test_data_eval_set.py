@@ -102,6 +102,13 @@ def test_retrieval_from_captions_shards_and_karpathy(tmp_path):
         np.testing.assert_array_equal(np.asarray(data.image(2)), np.asarray(noise(2)))
 
 
+def test_splits_of_shards_are_named_where_none_is_given(tmp_path):
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "000.tar").write_bytes(b"")
+    with pytest.raises(UserError, match="holds the splits test; name one"):
+        open_eval_set(tmp_path)
+
+
 def test_a_picture_without_caption_is_no_query(tmp_path):
     pictures(tmp_path / "in", 2)
     (tmp_path / "in/c.jsonl").write_text('{"image": "0.png", "caption": "a"}\n{"image": "1.png"}\n')

@@ -276,3 +276,10 @@ def test_real_photos():
     pool = open_pool(caltech, seed=0)
     assert (len(pool.classes), len(pool.labelled), len(pool.test or [])) == (100, 1600, 1192)
     assert np.bincount(pool.val.labels).min() >= 1
+
+
+def test_a_class_whose_labelled_images_cannot_be_read_is_refused(root):
+    for path in (root / "train" / "bee").iterdir():
+        path.write_bytes(b"no picture" + path.name.encode())
+    with pytest.raises(UserError, match=r"None of the 2 labelled images of the class 'bee' can be read"):
+        opened(root)

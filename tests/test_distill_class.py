@@ -146,3 +146,12 @@ def test_terms_that_read_a_teacher_need_one():
     terms = recipe.terms(override(recipe.config(), ["teacher.ref=x"]))
     with pytest.raises(UserError, match=r"set teacher\.ref"):
         ClassDistiller(tiny_classifier(), terms, LABELS)
+
+
+def test_autocast_does_not_round_the_targets():
+    teacher = ClassTeacher(KnownTeacher(), known_vectors(), 0.01)
+    expected = teacher.targets(BATCHES["pool"])["target_logits"]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = teacher.targets(BATCHES["pool"])["target_logits"]
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.class_ranks import MODES, WHOLE, class_step, run_class_rank
 from helpers.classes import CLASSES, KnownTeacher, known_vectors, tiny_classifier
 from helpers.tiny_models import tiny_composite, tiny_images
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_distill_class import BATCHES, LABELS, ZETA, distiller
 
 from vlkd.cli.main import main
@@ -22,7 +23,9 @@ from vlkd.distill.class_teacher import ClassTeacher
 from vlkd.engine.classify import loop
 from vlkd.engine.classify.embedded import embedded
 from vlkd.engine.classify.mix import ALPHAS, BETAS, choose_mix
+from vlkd.engine.classify.smoke import draw_classes
 from vlkd.engine.classify.step import backward_step, group_gradients
+from vlkd.engine.smoke import untrained_teacher
 from vlkd.models.classifier import load_classifier
 
 VARIANTS = {
@@ -132,10 +135,12 @@ def test_every_variant_runs_and_leaves_a_classifier_and_a_report(name, tmp_path)
     assert 0 <= row["acc1"] <= 1
     assert row["notes"]["alpha"] == student.alpha
     assert (folder / "report.html").read_text(encoding="utf-8").rstrip().endswith("</html>")
-    if name == "labels":
-        assert student.alpha == 1
-    if name == "teacher":
-        assert student.alpha == 0
+    if name in ("labels", "teacher"):
+        assert (student.teacher_head, student.alpha) == (None, 1)
+    if name == "language":
+        assert student.teacher_head.zeta == pytest.approx(results_of(folder, "test", "teacher")["notes"]["zeta"])
+    if name != "labels":
+        assert set(results_of(folder, "test", "teacher")["per_class"]) == set(student.classes)
     if name == "pcgrad":
         assert all(-1 <= row["conflict/trunk"] <= 1 for row in steps_of(folder))
 
@@ -144,8 +149,8 @@ def test_one_shot_never_shortens_the_pool(tmp_path):
     folder = tmp_path / "run"
     main(["train", "dho", "smoke=true", f"out={folder}", "teacher.ref=x"])
     text = (folder / "report.html").read_text(encoding="utf-8")
-    assert "labelled: 8 of 8 images were drawn, 3.00 times." in text
-    assert "pool: 24 of 60 images were drawn, 0.40 times." in text
+    assert "labelled: 8 of 8 images were drawn, in 3.00 passes." in text
+    assert "pool: 24 of 60 images were drawn, in 0.40 passes." in text
 
 
 def test_stored_and_live_teachers_give_the_same_losses(tmp_path):
@@ -194,7 +199,7 @@ def test_no_test_image_chooses_anything(tmp_path):
     main([*words, f"out={tmp_path / 'second'}"])
     first, second = (load_file(tmp_path / name / "student" / "model.safetensors") for name in ("first", "second"))
     assert all(torch.equal(first[key], second[key]) for key in first)
-    best = [json.loads((tmp_path / name / "best.json").read_text()) for name in ("first", "second")]
+    best = [load_classifier(tmp_path / name / "student").notes["chosen"] for name in ("first", "second")]
     assert best[0] == best[1]
     calibration = [results_of(tmp_path / name, "test")["metrics"]["ece"] for name in ("first", "second")]
     assert calibration[0] != calibration[1]
@@ -239,3 +244,72 @@ def test_kept_embeddings_are_those_of_these_weights_and_bytes(tmp_path, monkeypa
     for passes in (4, 5):
         assert len(embedded(model, open_labelled(str(tmp_path / "data")), kept)[0]) == 3
         assert len(passed) == passes
+
+
+def test_a_run_that_goes_on_knows_which_student_it_kept(tmp_path):
+    """A look behind the newest checkpoint may have kept another one; a kill between two renames leaves none."""
+    older = {"score": 0.5, "step": 1, "alpha": 0.5, "beta": 1.0}
+    assert loop._kept(tmp_path, older) == {"score": -1.0}
+    newer = {"score": 0.7, "step": 2, "alpha": 0.25, "beta": 2.0}
+    loop._keep(tiny_classifier(), newer, tmp_path)
+    assert loop._kept(tmp_path, older) == newer
+    found = load_classifier(tmp_path / "student")
+    assert (found.alpha, found.beta) == (0.25, 2.0)
+
+
+def test_two_ranks_are_one_and_one_without_labels_keeps_step(tmp_path):
+    """Logged figures and gradients of two ranks are those of the whole batch."""
+    torch.multiprocessing.spawn(run_class_rank, args=(tmp_path,), nprocs=2)
+    ranks = [load_file(str(tmp_path / f"rank-{rank}.safetensors")) for rank in range(2)]
+    for mode in MODES:
+        whole = class_step(WHOLE, mode)
+        for rank in ranks:
+            own = {name[len(mode) + 1 :]: value for name, value in rank.items() if name.startswith(f"{mode}/")}
+            assert own.keys() == whole.keys()
+            for name, value in whole.items():
+                torch.testing.assert_close(own[name], value, rtol=1e-3, atol=1e-5, msg=f"{mode}/{name}")
+        for name in (name for name in ranks[0] if name.startswith(f"{mode}, one empty/")):
+            assert torch.equal(ranks[0][name], ranks[1][name])
+        assert ranks[0][f"{mode}, one empty/loss/labels"] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["method.match=features", "method.supervised=0"], "train no head that names classes"),
+        (["report.compare=/nowhere"], "Found no model.json in /nowhere"),
+        (["method.supervised=-1"], "has the weight -1.0"),
+    ],
+)
+def test_what_cannot_come_to_an_end_is_refused_before_the_teacher_is_loaded(words, sentence, tmp_path, capsys):
+    draw_classes(tmp_path / "images")
+    with pytest.raises(SystemExit):
+        main(["train", "dho", f"data.root={tmp_path}/images", "teacher.ref=/none", f"out={tmp_path}/x", *words])
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_run_can_be_compared_with_a_run(tmp_path):
+    first = tmp_path / "first"
+    main(["train", "dho", "smoke=true", f"out={first}", "method.distillation=0"])
+    words = [f"data.root={tmp_path}/first-smoke-data/images", "data.shots=1", "model.image=test_resnet"]
+    words += ["model.image_size=32", "train.samples=16", "train.batch_size=8", "train.device=cpu"]
+    main(["train", "dho", *words, "method.distillation=0", f"report.compare={first}", f"out={tmp_path}/second"])
+    rows = [json.loads(line) for line in (tmp_path / "second" / "results.jsonl").read_text().splitlines()]
+    other = next(row for row in rows if row["name"] == str(first) and row["split"] == "test")
+    assert other["acc1"] == results_of(first, "test")["acc1"]
+
+
+def test_a_teacher_of_no_numbers_and_unreadable_pictures_are_told(tmp_path, capsys):
+    draw_classes(tmp_path / "images")
+    next(iter(sorted((tmp_path / "images" / "test").rglob("*.jpg")))).write_bytes(b"no picture")
+    words = [f"data.root={tmp_path}/images", "model.image=test_resnet", "model.image_size=32", "train.samples=16"]
+    words += ["train.batch_size=8", "train.device=cpu"]
+    main(["train", "dho", *words, "method.distillation=0", f"out={tmp_path}/run"])
+    assert "Test images that cannot be read, and are in no figure: 1." in capsys.readouterr().out
+    folder = Path(untrained_teacher(tmp_path / "teacher", 0))
+    weights = load_file(folder / "model.safetensors")
+    nothing = {name: value * (torch.nan if "image" in name else 1) for name, value in weights.items()}
+    save_file(nothing, folder / "model.safetensors")
+    with pytest.raises(SystemExit):
+        main(["train", "dho", *words, f"teacher.ref={folder}", f"out={tmp_path}/x"])
+    assert "not finite" in capsys.readouterr().err

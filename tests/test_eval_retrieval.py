@@ -228,6 +228,14 @@ def test_a_tower_without_texts_is_refused(place, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["eval", "retrieval", "--model", ref, "--data", f"{place}#test", "--out", str(tmp_path / "out")])
     assert "encodes no texts, which retrieval needs" in capsys.readouterr().err
+    # Beside it the others are still shown.
+    models = [str(place / "a"), ref]
+    with pytest.raises(SystemExit, match="2"):
+        main(["eval", "retrieval", "--model", *models, "--data", f"{place}#test", "--out", str(tmp_path), "--json"])
+    printed = capsys.readouterr().out.strip().splitlines()
+    rows = json.loads(printed[-1])["results"]
+    assert [(row["model_ref"], row["status"]) for row in rows] == [(models[0], "ok"), (ref, "error")]
+    assert any(line.startswith(models[0]) for line in printed)
 
 
 def test_help_needs_no_torch_and_ends_with_two_examples():

@@ -12,6 +12,7 @@ import torch
 from helpers.tiny_models import tiny_composite
 from safetensors.torch import save_file
 
+from vlkd.errors import UserError
 from vlkd.models.fingerprint import model_fingerprint
 from vlkd.models.load import load
 from vlkd.suite.results import read_results
@@ -58,8 +59,13 @@ def test_rows_can_be_read_as_results(command, refs, tmp_path, capsys):
     assert torch.get_num_threads() == student["counts"]["threads"]
 
 
-@pytest.mark.parametrize("words", [["--rounds", "0"], ["--seconds", "0"], ["--seconds", "nan"], ["--batch-size", "0"]])
-def test_senseless_settings_end_with_a_sentence(command, words, capsys):
-    with pytest.raises(SystemExit):
-        command.main(["--model", "x", *words])
-    assert "must be above 0" in capsys.readouterr().err
+@pytest.mark.parametrize("seconds", ["0", "nan", "inf"])
+def test_senseless_lengths_end_with_a_sentence(command, seconds):
+    with pytest.raises(UserError, match=f"--seconds is {float(seconds)}; expected a number above 0"):
+        command.main(["--model", "x", "--seconds", seconds])
+
+
+def test_a_wrong_reference_is_refused_before_anything_is_loaded(command, refs, monkeypatch):
+    monkeypatch.setattr("vlkd.models.load.load_image_encoder", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(UserError, match="Found no model 'gone'"):
+        command.main(["--model", refs[0], "gone"])

@@ -19,6 +19,7 @@ from vlkd import recipes
 from vlkd.cli.main import main
 from vlkd.config import differences, override, to_json
 from vlkd.engine.checkpoint import whole_checkpoints
+from vlkd.engine.settings import Run
 from vlkd.engine.smoke import shrink_to_smoke
 from vlkd.errors import UserError
 from vlkd.models.load import load
@@ -37,6 +38,11 @@ VARIANTS = {
     "retriever-online": ("retriever", (*ALL_OBJECTIVES, "teachers.views=0")),
     "retriever-held": ("retriever", (*ALL_OBJECTIVES, "teachers.views=2", "report.asymmetric=true", "train.ema=0.9")),
 }
+
+DUAL_ENCODERS = [
+    name for name in recipes.names("tasks") if isinstance(recipes.load(recipes.find("tasks", name)).config(), Run)
+]
+"""The recipes of classifiers are run in test_engine_classify.py."""
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +90,7 @@ def assignments(settings: dict, prefix: str = ""):
             yield f"{prefix}{key}={','.join(map(str, value)) if isinstance(value, list) else value}"
 
 
-@pytest.mark.parametrize("name", dict.fromkeys([*recipes.names("tasks"), *VARIANTS]))
+@pytest.mark.parametrize("name", dict.fromkeys([*DUAL_ENCODERS, *VARIANTS]))
 def test_smoke(name, tmp_path):
     recipe, words = VARIANTS.get(name, (name, ()))
     main(["train", recipe, "smoke=true", f"out={tmp_path / 'run'}", *words])

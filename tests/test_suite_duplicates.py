@@ -171,5 +171,5 @@ def test_command(folders, tmp_path, capsys):
     assert printed["data_images_by_kind"] == {"same file": 1, "near": 3, "mirrored": 1, "similar": 0}
     assert {"0.png"} == {pair["train"] for pair in printed["pairs"] if pair["kind"] == "same file"}
     assert "<img " in page.read_text()
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError, match=r"--threshold is 2\.0"):
         main(["--train", "a", "--data", "b", "--threshold", "2"])

@@ -34,6 +34,24 @@ def test_only_what_is_below_its_least_is_refused():
         ("compare x y z", "3 results are named; expected one folder or two."),
         ("index_quality --data x --model y -k 0", "-k is 0; expected 1 or more."),
         ("index_quality --data x --model y --dims 8 0", "--dims is 0; expected 1 or more."),
+        ("agreement --teacher x --model y --data z -k 0", "-k is 0; expected 1 or more."),
+        ("agreement --teacher x --model y --data z --batch-size 0", "--batch-size is 0; expected 1 or more."),
+        ("speed --model x --rounds 0", "--rounds is 0; expected 1 or more."),
+        ("speed --model x --batch-size 0", "--batch-size is 0; expected 1 or more."),
+        ("duplicates --train x --data y --workers 0", "--workers is 0; expected 1 or more."),
+        (
+            "duplicates --train x --data y --threshold 1",
+            "--threshold is 1.0; expected 0 (equal thumbnails) to below 1.",
+        ),
+        ("duplicates --train x --data y --similarity 3", "--similarity is 3.0; expected a cosine from -1 to 1."),
+        ("duplicates --train x --data y --out /", "--out / is a folder; expected a file: name one in it."),
+        ("index_quality --data x --model y --out /", "--out / is a folder; expected a file: name one in it."),
+        ("compare x --out /", "--out / is a folder; expected a file: name one in it."),
+        ("table x --html /", "--html / is a folder; expected a file: name one in it."),
+        (
+            "suite --suite tier0 --data nowhere --dry-run",
+            "There is no folder nowhere; give the root of the data sets, as `vlkd prep tier0` makes one.",
+        ),
     ],
 )
 def test_commands_say_it_in_one_sentence(words, sentence, capsys):

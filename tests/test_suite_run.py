@@ -253,6 +253,36 @@ def test_one_protocol_on_one_data_set(done, root, models, tmp_path, capsys, prot
     assert row["metrics"] == cells(done[0], models / "student")[data, protocol]["metrics"]
 
 
+def test_an_old_failure_of_one_model_does_not_hide_its_result_where_another_fails_now(root, models, tmp_path, capsys):
+    """The model could not be loaded once; what was measured before is kept by the run in which another one fails."""
+    own = tmp_path / "models"
+    shutil.copytree(models, own)
+    words = ["eval", "knn", "--data", str(root / "shapes_classes"), "--out", str(tmp_path / "out"), "--json", "--model"]
+    student, teacher = str(own / "student"), str(own / "teacher")
+    main([*words, student])
+    whole = (own / "student" / "model.json").read_text()
+    (own / "student" / "model.json").write_text("{")
+    with pytest.raises(SystemExit):
+        main([*words, student])
+    (own / "student" / "model.json").write_text(whole)
+    (own / "teacher" / "model.json").write_text("{")
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main([*words, student, teacher])
+    rows = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["results"]
+    assert [(row["model_ref"], row["status"]) for row in rows] == [(student, "ok"), (teacher, "error")]
+    stored = {(row["model_ref"], row["protocol"]) for row in read_results(tmp_path / "out")}
+    assert stored == {(student, "knn"), (teacher, "data")}
+
+
+def test_data_of_another_kind_are_refused_before_anything_is_encoded(root, models, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("vlkd.suite.subject.encode_images", lambda *_, **__: pytest.fail("encoded"))
+    words = ["--data", str(root / "shapes_classes"), "--out", str(tmp_path), "--model", str(models / "student")]
+    with pytest.raises(SystemExit):
+        main(["eval", "retrieval", *words])
+    assert "is a set for classification, but retrieval needs one for retrieval" in capsys.readouterr().err
+
+
 def test_another_teacher_is_compared_anew(root, models, tmp_path):
     one = job(root, models, tmp_path, "shapes_classes", teacher=str(models / "teacher"))
     run(one)
@@ -347,7 +377,11 @@ def test_without_its_teacher_a_student_still_has_its_own_results(root, models, t
 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
-    [({"refs": ("gone",)}, "Found no model 'gone'"), ({"device": "abacus"}, "The device abacus cannot be used")],
+    [
+        ({"refs": ("gone",)}, "Found no model 'gone'"),
+        ({"device": "abacus"}, "The device abacus cannot be used"),
+        ({"store": Path(__file__)}, "--embeddings .* is a file; expected a folder"),
+    ],
 )
 def test_what_fails_for_sure_is_refused_before_anything_is_written(root, models, tmp_path, changes, sentence):
     with pytest.raises(UserError, match=sentence):

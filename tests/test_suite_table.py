@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 from helpers.result_rows import error_row, result_row, speed_row
 
@@ -68,6 +70,10 @@ def test_two_models_under_one_name_are_told():
         join_results([rows[:1], rows[1:]])
     later = result_row(STUDENT, "pets", 0.9)
     assert join_results([rows[:1], [later]]) == [later]
+    # A failure to open ends with the next result, not before it.
+    failure = error_row(later["model_ref"], later["dataset"], "gone", "data")
+    assert join_results([[failure], [later]]) == [later]
+    assert join_results([[later], [failure]]) == [later, failure]
 
 
 def test_other_main_metrics_stand_on_lines_of_their_own():
@@ -83,10 +89,12 @@ def test_a_data_set_that_was_not_opened_fails_in_all_its_protocols():
         result_row(TEACHER, "pets", 0.9, protocol="knn"),
         error_row(STUDENT, "pets", "nothing there", "data"),
         error_row(STUDENT, "cars", "nothing there", "data"),
-        # An old failure of a data set that has been measured since.
+        # It was measured before, and those figures stay.
         error_row(TEACHER, "pets", "was not there", "data"),
     ]
     table = pivot(rows)
+    (remark,) = table.remarks
+    assert "pets: the figures are of an earlier run; the last one failed: was not there" in remark
     assert [line.title for line in table.lines] == ["pets (zero shot)", "pets (knn)", "cars"]
     assert all(line.failed(STUDENT) for line in table.lines)
     assert not any(line.failed(TEACHER) for line in table.lines)
@@ -188,15 +196,18 @@ def test_page_has_plots_classes_and_errors():
     assert "small/student" in html
 
 
-def test_bars_are_split_evenly_and_leave_out_last_models_without_a_value():
+def test_bars_are_split_evenly_and_leave_out_models_without_a_value():
     models = [f"m{number}" for number in range(10)]
     names = [f"set{number}" for number in range(7)]
     rows = [result_row(model, name, 0.5) for name in names for model in models]
     rows += [result_row(model, "set0", 0.5, protocol="knn") for model in models[1:3]]
     html = page(pivot(rows)).html()
     plots = [part for part in html.split("<svg")[1:] if 'class="interval"' in part]
-    # 70 bars in two plots, of 4 and 3 data sets; k-NN knows nothing of the first model, and ends with the third.
+    # 70 bars in two plots, of 4 and 3 data sets; k-NN has the second and the third model, in their own colours.
     assert [part.count("<rect") for part in plots] == [40, 30, 2]
-    assert [part.count("no value") for part in plots] == [0, 0, 1]
+    assert "no value" not in html
+    colours = [re.findall(r'<rect[^>]*style="fill:([^"]*)"', part) for part in plots]
+    assert colours[2] == colours[0][1:3]
+    assert [f"stroke:{colour};" in plots[2] for colour in colours[0][:4]] == [False, True, True, False]
     assert "knn: score on the one data set that all its models have: set0." in html
     assert "zero shot: mean over the 7 data sets that all its models have: set0" in html

@@ -47,9 +47,15 @@ def _measured(path: str, settings: list[str], memory: int, cores: int, ranks: in
     keep_freed_memory()
     with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stderr(nowhere):
         import vlkd.models  # noqa: F401 - before anything imports torchvision
+        from vlkd.engine.classify.settings import ClassifierRun
         from vlkd.engine.preflight import plan_run
 
         recipe = recipes.load(recipes.find("tasks", path))
+        if isinstance(recipe.config(), ClassifierRun):
+            raise UserError(
+                "--plan measures runs of dual encoders, and this recipe trains a classifier; train it on a few "
+                "train.samples instead, its metrics.jsonl says how many it sees in a second."
+            )
         return plan_run(recipe, settings, memory=memory, cores=cores, ranks=ranks)
 
 

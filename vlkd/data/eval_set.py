@@ -50,7 +50,10 @@ def open_eval_set(path: str | Path, *, split: str = "", kind: Kind | None = None
 
 
 def _holds_pairs(root: Path, split: str) -> bool:
-    return not root.is_dir() or any((root / split).glob("*.tar"))
+    if not root.is_dir() or any((root / split).glob("*.tar")):
+        return True
+    # Splits of shards, of which none is named: opening them as pairs says so.
+    return not split and any(root.glob("*/*.tar"))
 
 
 def _retrieval(place: str, split: str) -> EvalSet:

@@ -119,8 +119,8 @@ def open_pool(data: PoolData, *, seed: int) -> LabelledPool:
 
     Raises:
         UserError: a folder is missing, the splits' classes differ, a class has no shot, a listed key is unknown or of
-            the validation or test split, there is no training image, or one is, byte for byte, a validation or test
-            image, or a validation image one of test.
+            the validation or test split, no labelled image of a class can be read, there is no training image, or one
+            is, byte for byte, a validation or test image, or a validation image one of test.
     """
     splits = _open_splits(data)
     train, classes = splits.train, splits.train.classes
@@ -131,6 +131,7 @@ def open_pool(data: PoolData, *, seed: int) -> LabelledPool:
     own_seed = seed if data.shots_seed < 0 else data.shots_seed
     labelled = choose_shots(labels, classes, data.shots, seed=own_seed, keys=pairs.keys)
     _check_disjoint(pairs, labelled, splits)
+    _check_readable(pairs, labels, labelled, classes)
     templates = read_templates(Path(data.templates)) if data.templates else train.templates
     told = _told(data, splits, pairs, labels[labelled])
     return LabelledPool(pairs, labels, labelled, classes, templates, splits.val, splits.test, told)
@@ -280,6 +281,24 @@ def _check_disjoint(pairs: Pairs, labelled: Ids, splits: _Splits) -> None:
         test = _image_set("test images", splits.test)
         against = [(chosen, test), (val, test), (pool, test), *against]
     disjoint(*against)
+
+
+def _check_readable(pairs: Pairs, labels: Ids, labelled: Ids, classes: Sequence[str]) -> None:
+    """Raise `UserError` unless each class has a labelled image that opens; training leaves out the others, told."""
+    for number, name in enumerate(classes):
+        problem = ""
+        rows = labelled[labels[labelled] == number].tolist()
+        for row in rows:
+            try:
+                pairs.image(row)
+                break
+            except UserError as error:
+                problem = problem or str(error)
+        else:
+            raise UserError(
+                f"None of the {len(rows)} labelled images of the class {name!r} can be read (first {problem}); "
+                "expected one or more: mend or remove the bad files, or give more shots."
+            )
 
 
 def _image_set(name: str, split: Labelled) -> ImageSet:

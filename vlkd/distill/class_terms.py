@@ -14,6 +14,7 @@ Part = Literal["labelled", "pool"]
 PARTS: tuple[Part, ...] = ("labelled", "pool")
 Group = Literal["supervised", "distillation"]
 GROUPS: tuple[Group, ...] = ("supervised", "distillation")
+HEADS = ("label", "teacher")
 
 CLASS_FEATURES = {
     "labels": "(B,) class ids, of labelled images alone",
@@ -83,16 +84,17 @@ def reads(terms: Iterable[ClassTerm], names: Iterable[str]) -> bool:
 
 
 def heads_trained(terms: Sequence[ClassTerm]) -> tuple[str, ...]:
-    """The heads, "label" and "teacher", that some term trains.
+    """Those of `HEADS` that some term trains.
 
     Raises:
         UserError: no head is, so that nothing would classify.
     """
-    found = tuple(name for name in ("label", "teacher") if reads(terms, (f"{name}_logits",)))
+    found = tuple(name for name in HEADS if reads(terms, (f"{name}_logits",)))
     if not found:
         raise UserError(
-            f"The terms ({', '.join(term.name for term in terms) or 'none'}) train no head that names classes; expected "
-            "one that reads label_logits or teacher_logits: give method.supervised or method.distillation a weight."
+            f"The terms ({', '.join(term.name for term in terms) or 'none'}) train no head that names classes; "
+            "expected one that reads label_logits or teacher_logits: give method.supervised or method.distillation a "
+            "weight above 0, with features method.supervised."
         )
     return found
 

@@ -15,7 +15,12 @@ _BAR, _GAP = 13.0, 12.0
 
 
 def grouped_bar_plot(
-    groups: Mapping[str, Sequence[Bar | None]], names: Sequence[str], *, title: str, x_label: str
+    groups: Mapping[str, Sequence[Bar | None]],
+    names: Sequence[str],
+    *,
+    title: str,
+    x_label: str,
+    colours: Sequence[int] | None = None,
 ) -> Markup:
     """Horizontal bars from zero: in each group one bar per name, in the colour of its name.
 
@@ -25,6 +30,8 @@ def grouped_bar_plot(
         names: what the colours stand for, in the legend.
         title: heading.
         x_label: below the axis.
+        colours: the number of each name's colour, where several plots show different ones of the same names; else the
+            colours follow each other.
 
     Raises:
         ValueError: a group has not one bar per name.
@@ -36,7 +43,8 @@ def grouped_bar_plot(
     ends = [end for bar in drawn for end in (bar.value, bar.low, bar.high) if end is not None and math.isfinite(end)]
     left = min(12 + CHARACTER * max(map(len, groups), default=0), WIDTH * 0.42)
     x_axis = fit_axis([0.0, *ends] if ends else [], left, WIDTH - 50)
-    words, top = legend(names)
+    numbers = range(len(names)) if colours is None else colours
+    words, top = legend(names, numbers)
     size = _BAR * len(names) + _GAP
     bottom = top + size * max(len(groups), 1)
     parts = [words, x_ticks(x_axis, top, bottom)]
@@ -47,8 +55,8 @@ def grouped_bar_plot(
         start = top + size * number + _GAP / 2
         middle = start + _BAR * len(names) / 2
         parts.append(text(left - 6, middle + 4, shorten(group, left - 6), anchor="end", strong=True))
-        for series, (name, bar) in enumerate(zip(names, bars, strict=True)):
-            parts.append(_bar(f"{group}, {name}", bar, x_axis, start + _BAR * series, series))
+        for place, (name, bar, series) in enumerate(zip(names, bars, numbers, strict=True)):
+            parts.append(_bar(f"{group}, {name}", bar, x_axis, start + _BAR * place, series))
     return drawing(title, bottom + 42, parts)
 
 

@@ -20,11 +20,15 @@ CHARACTER = 7.2
 """Width of a letter in the widest common fonts: better a gap than an overlap."""
 
 
-def legend(names: Sequence[str]) -> tuple[Markup, float]:
-    """Swatches and names in as many rows as they need, and where the plot below them starts."""
+def legend(names: Sequence[str], colours: Sequence[int] | None = None) -> tuple[Markup, float]:
+    """Swatches and names in as many rows as they need, and where the plot below them starts.
+
+    The colours are those of these numbers, or follow each other.
+    """
     parts: list[Markup] = []
     x, y = 0.0, 42.0
-    for index, name in enumerate(names):
+    numbers = range(len(names)) if colours is None else colours
+    for index, name in zip(numbers, names, strict=True):
         words = shorten(name, WIDTH - 60)
         width = 32 + CHARACTER * len(words)
         if x > 0 and x + width > WIDTH:

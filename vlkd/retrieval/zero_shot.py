@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from vlkd.errors import UserError
 from vlkd.retrieval.encode import ImageEncoder, PairSource, TextEncoder, encode_images
+from vlkd.retrieval.progress import Progress
 from vlkd.retrieval.search import Indices, Vectors, check_embeddings, normalize
 from vlkd.retrieval.search import topk as nearest
 
@@ -85,12 +85,12 @@ def class_vectors(
     number = {name: i for i, name in enumerate(unique)}
     sentences = _sentences(unique, templates) if prompts is None else _own_sentences(unique, prompts)
     means = []
-    with tqdm(total=len(unique), desc="classes", unit="class", disable=not progress) as bar:
+    with Progress(len(unique), unit="class", description="classes", show=progress) as bar:
         for block in _blocks(unique, sentences, batch_size):
             embed = encode_text([sentence for name in block for sentence in sentences[name]])
             unit = normalize(check_embeddings(embed, f"prompts of the classes {block[0]!r} to {block[-1]!r}"))
             means += [own.mean(dim=0) for own in torch.split(unit, [len(sentences[name]) for name in block])]
-            bar.update(len(block))
+            bar.advance(len(block))
     vectors = normalize(check_embeddings(torch.stack(means), "mean prompts of the classes"))
     return vectors[[number[name] for name in classes]]
 

@@ -16,12 +16,12 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from tqdm import tqdm
 
 from vlkd.data.images import open_image
 from vlkd.data.sources import ImageFile
 from vlkd.errors import UserError
 from vlkd.retrieval.encode import ImageEncoder, encode_images
+from vlkd.retrieval.progress import Progress
 from vlkd.retrieval.search import topk
 
 Kind = Literal["same file", "near", "mirrored", "similar"]
@@ -276,15 +276,15 @@ def _scan(
     bad: list[str] = []
     with (
         ThreadPoolExecutor(workers) as pool,
-        tqdm(total=len(pictures), desc=name, unit="image", disable=not progress) as bar,
+        Progress(len(pictures), unit="image", description=name, show=progress) as bar,
     ):
         for start in range(0, len(pictures), _BLOCK):
             block = range(start, min(start + _BLOCK, len(pictures)))
             for row, seen in zip(block, pool.map(look, block), strict=True):
                 if seen is None:
                     bad.append(pictures.keys[row])
-                    bar.set_postfix(unreadable=len(bad))
+                    bar.note(f"{len(bad)} unreadable")
                 else:
                     take(row, seen)
-                bar.update()
+                bar.advance()
     return bad

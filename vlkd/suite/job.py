@@ -55,12 +55,13 @@ def check_job(job: Job) -> None:
     """Look for what would fail for sure, before anything is written or loaded.
 
     Raises:
-        UserError: there is no root or no such device, or references name no file, folder or family of models.
+        UserError: there is no root or no such device, a file stands where a folder is to be written, or references name
+            no file, folder or family of models.
     """
-    if not job.root.is_dir():
-        raise UserError(
-            f"There is no folder {job.root}; give the root of the data sets, as `vlkd prep tier0` makes one."
-        )
+    check_root(job.root)
+    for option, folder in (("--out", job.out), ("--embeddings", job.store)):
+        if folder.is_file():
+            raise UserError(f"{option} {folder} is a file; expected a folder, new or of earlier runs: name another.")
     try:
         torch.empty(1, device=job.device)
     except (RuntimeError, AssertionError) as error:
@@ -68,6 +69,12 @@ def check_job(job: Job) -> None:
             f"The device {job.device} cannot be used ({str(error).splitlines()[0]}); name another one."
         ) from None
     check_references(job.models)
+
+
+def check_root(root: Path) -> None:
+    """Raise `UserError` where the root of the data sets is no folder."""
+    if not root.is_dir():
+        raise UserError(f"There is no folder {root}; give the root of the data sets, as `vlkd prep tier0` makes one.")
 
 
 def check_references(refs: Sequence[str]) -> None:

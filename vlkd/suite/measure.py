@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from vlkd.data.eval_set import Choice
+from vlkd.data.eval_set import Choice, Kind
 from vlkd.errors import UserError
 from vlkd.protocols.classifier import classifier as measure_classifier
 from vlkd.protocols.knn import knn as measure_knn
@@ -245,6 +245,21 @@ def protocols_of(subject: Subject) -> list[str]:
     return [protocol for protocol in declared if protocol in able]
 
 
+def measure(subject: Subject, protocol: str) -> Measured:
+    """Run a protocol, on the kind of data that it needs.
+
+    Raises:
+        UserError: the data are of another kind, and whatever the protocol raises.
+    """
+    kind, wanted = subject.data.test.kind, KIND_OF[protocol]
+    if kind != wanted:
+        raise UserError(
+            f"{subject.data.entry.name} is a set for {kind}, but {protocol} needs one for {wanted}; name other data or "
+            "another protocol."
+        )
+    return MEASURES[protocol](subject)
+
+
 MEASURES: Mapping[str, Callable[[Subject], Measured]] = {
     "zero_shot": zero_shot,
     "classifier": classifier,
@@ -253,6 +268,15 @@ MEASURES: Mapping[str, Callable[[Subject], Measured]] = {
     "selection": selection,
     "linear_probe": linear_probe,
     "knn": knn,
+}
+KIND_OF: Mapping[str, Kind] = {
+    "zero_shot": "classification",
+    "classifier": "classification",
+    "multilabel": "multilabel",
+    "retrieval": "retrieval",
+    "selection": "selection",
+    "linear_probe": "classification",
+    "knn": "classification",
 }
 TASKS: Mapping[str, str] = {
     "zero_shot": "zeroshot_classification",

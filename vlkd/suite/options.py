@@ -19,6 +19,18 @@ def add_encoding_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="end with one line of strict JSON")
 
 
+def check_file(args: argparse.Namespace, *names: str) -> None:
+    """Refuse a folder where a file is to be written, before the work and not after it.
+
+    Raises:
+        UserError: one of the options names a folder.
+    """
+    for name in names:
+        path = getattr(args, name)
+        if path is not None and path.is_dir():
+            raise UserError(f"--{name} {path} is a folder; expected a file: name one in it.")
+
+
 def check_numbers(args: argparse.Namespace, **least: int) -> None:
     """Refuse options that are below their least, as in `check_numbers(args, batch_size=1, seed=0)`.
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,9 +26,12 @@ from vlkd.protocols.measured import Measured
 
 RESULTS = "results.jsonl"
 ITEMS = "items"
+UNOPENED = "data"
+"""In the error row of a data set or a model that could not be opened, where the protocol stands otherwise."""
 PACKAGES = ("vlkd", "torch", "numpy", "pillow", "timm", "open_clip_torch", "transformers")
 
 Row = dict[str, Any]
+AnyRow = TypeVar("AnyRow", bound=Mapping[str, Any])
 
 
 def versions() -> dict[str, str]:
@@ -82,6 +85,20 @@ def identity(row: Mapping[str, Any]) -> tuple[str, str, str]:
     return str(row.get("model_ref")), str(row.get("dataset")), str(row.get("protocol"))
 
 
+def latest(rows: Iterable[AnyRow]) -> list[AnyRow]:
+    """The last row of each (model, data set, protocol), in order of first sight.
+
+    A row of a protocol also ends what was said of a model and a data set that could not be opened before.
+    """
+    found: dict[tuple[str, str, str], AnyRow] = {}
+    for row in rows:
+        model, dataset, protocol = identity(row)
+        if protocol != UNOPENED:
+            found.pop((model, dataset, UNOPENED), None)
+        found[model, dataset, protocol] = row
+    return list(found.values())
+
+
 def append_row(folder: Path, row: Mapping[str, Any]) -> None:
     """Append one line in a single write; half a line that a killed run left is cut off first.
 
@@ -111,7 +128,7 @@ def _whole_lines(data: bytes) -> int:
 
 
 def read_results(path: Path) -> list[Row]:
-    """The rows of a results folder or file, the latest of each (model, data set, protocol), in order of first sight.
+    """The rows of a results folder or file that count (`latest`).
 
     A last line without its end, left by a killed run, is passed over.
 
@@ -123,7 +140,7 @@ def read_results(path: Path) -> list[Row]:
         data = file.read_bytes()
     except OSError:
         raise UserError(f"There are no results at {path}; expected {RESULTS}, made by `vlkd eval suite`.") from None
-    latest: dict[tuple[str, str, str], Row] = {}
+    rows: list[Row] = []
     for number, line in enumerate(data[: _whole_lines(data)].splitlines(), 1):
         if not line.strip():
             continue
@@ -133,8 +150,8 @@ def read_results(path: Path) -> list[Row]:
             row = None
         if not isinstance(row, dict) or "dataset" not in row:
             raise UserError(f"{file}, line {number} is no result (strict JSON with a data set); mend or remove it.")
-        latest[identity(row)] = row
-    return list(latest.values())
+        rows.append(row)
+    return latest(rows)
 
 
 def write_items(folder: Path, row: Mapping[str, Any], per_item: Mapping[str, NDArray[Any]], keys: Sequence[str]) -> str:

@@ -25,12 +25,21 @@ from vlkd.protocols.measured import Measured
 from vlkd.retrieval.progress import Progress
 from vlkd.suite.declaration import DataEntry, Suite
 from vlkd.suite.job import LISTED, Job, about_data, about_entry, about_model, about_weights, check_job
-from vlkd.suite.measure import IMAGE_ONLY, MEASURES, TASKS, kept_choices, protocols_of
+from vlkd.suite.measure import IMAGE_ONLY, TASKS, kept_choices, measure, protocols_of
 from vlkd.suite.presence import Present, presence
-from vlkd.suite.results import Row, append_row, error_columns, measured_columns, read_results, write_items
+from vlkd.suite.results import (
+    UNOPENED,
+    Row,
+    append_row,
+    error_columns,
+    identity,
+    measured_columns,
+    read_results,
+    write_items,
+)
 from vlkd.suite.store import Store
 from vlkd.suite.subject import Data, Subject, open_data
-from vlkd.suite.table import AGREEMENT, UNOPENED
+from vlkd.suite.table import AGREEMENT
 
 EMBEDDINGS = "embeddings"
 MEMORY = "data"
@@ -43,11 +52,12 @@ Opened = Data | tuple[DataEntry, str]
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """How many results were made, were there before, and failed."""
+    """How many results were made, were there before, and failed; and all these rows."""
 
     made: int
     kept: int
     failed: int
+    rows: tuple[Row, ...]
 
 
 def run_suite(job: Job, *, progress: bool = True) -> Summary:
@@ -81,7 +91,7 @@ def _run(job: Job, progress: bool) -> Summary:
         runner = _Runner(job, bar)
         for ref in job.models:
             runner.run_model(ref, opened)
-    return Summary(made=runner.made, kept=runner.kept, failed=runner.failed)
+    return Summary(made=runner.made, kept=runner.kept, failed=runner.failed, rows=tuple(runner.rows))
 
 
 def _open(present: Present, job: Job) -> Opened:
@@ -136,8 +146,9 @@ class _Runner:
     def __init__(self, job: Job, bar: Progress) -> None:
         self.job, self.bar = job, bar
         self.made = self.kept = self.failed = 0
+        self.rows: list[Row] = []
         known = read_results(job.out) if (job.out / "results.jsonl").is_file() else []
-        self._known = {(str(row["model_ref"]), str(row["dataset"]), str(row["protocol"])): row for row in known}
+        self._known = {identity(row): row for row in known}
         self._teachers: dict[str, tuple[Store, float, str]] = {}
 
     def run_model(self, ref: str, opened: Sequence[Opened]) -> None:
@@ -193,9 +204,9 @@ class _Runner:
         try:
             known = self._known.get((subject.ref, subject.data.entry.name, protocol))
             if known is not None and _same(known, row) and not _readable_now(known, subject, protocol):
-                self.kept += 1
+                self._keep(known)
                 return
-            measured = self._agreement(subject) if protocol == AGREEMENT else MEASURES[protocol](subject)
+            measured = self._agreement(subject) if protocol == AGREEMENT else measure(subject, protocol)
             unreadable = _unreadable(subject, protocol)
         except Exception as error:
             self._fail(row, protocol, _sentence(error))
@@ -205,8 +216,7 @@ class _Runner:
             row["random_score"] = subject.data.entry.random_score
         row |= unreadable | {"seconds": round(time.perf_counter() - started, 3)}
         row["items"] = write_items(self.job.out, row, measured.per_item, _item_keys(subject))
-        append_row(self.job.out, row)
-        self._known[subject.ref, subject.data.entry.name, protocol] = row
+        self._write(row)
         self.made += 1
         if row["unreadable"]:
             first = row["unreadable_keys"][0]
@@ -229,11 +239,26 @@ class _Runner:
         scores = [float(row["score"]) for row in rows if row is not None]
         return agreement(_scores(teacher), _scores(subject), teacher_score=scores[0], student_score=scores[1])
 
+    def _keep(self, known: Row) -> None:
+        self.kept += 1
+        model, dataset, _ = identity(known)
+        if (model, dataset, UNOPENED) in self._known:
+            self._write(known)  # Only a later line ends that the data or the model could not be opened.
+        else:
+            self.rows.append(known)
+
+    def _write(self, row: Row) -> None:
+        append_row(self.job.out, row)
+        model, dataset, protocol = identity(row)
+        if protocol != UNOPENED:
+            self._known.pop((model, dataset, UNOPENED), None)
+        self._known[model, dataset, protocol] = row
+        self.rows.append(row)
+
     def _fail(self, row: Row, protocol: str, sentence: str) -> None:
         self.failed += 1
         row = row | error_columns(protocol, TASKS.get(protocol, protocol), sentence)
-        append_row(self.job.out, row)
-        self._known[str(row["model_ref"]), str(row["dataset"]), protocol] = row
+        self._write(row)
         self.bar.write(f"{row['model_ref']}, {row['dataset']}, {protocol}: {sentence}")
 
 

@@ -76,18 +76,16 @@ def measure_single(args: argparse.Namespace, protocol: str) -> list[Row]:
     from vlkd.data.sources import place_of, source_name
     from vlkd.errors import UserError
     from vlkd.suite.declaration import DataEntry, Suite
-    from vlkd.suite.job import Job
-    from vlkd.suite.results import RESULTS, read_results
+    from vlkd.suite.job import Job, about_entry, about_model
+    from vlkd.suite.measure import TASKS
+    from vlkd.suite.results import error_columns
     from vlkd.suite.run import EMBEDDINGS, run_suite
     from vlkd.suite.subject import Encoding
-    from vlkd.suite.table import UNOPENED
 
     place, split = place_of(args.data)
     path = Path(place).absolute()
     if not path.exists():
         raise UserError(f"There is nothing at {place}; give a class folder, a webdataset folder, or a JSON file.")
-    if args.out.is_file():
-        raise UserError(f"--out {args.out} is a file; expected a folder, new or with earlier results: name another.")
     entry = DataEntry(
         name=source_name(args.data), paths=(path.name,), split=split, train=getattr(args, "train", ""),
         protocols=(protocol,), folds=getattr(args, "folds", 0),
@@ -101,16 +99,13 @@ def measure_single(args: argparse.Namespace, protocol: str) -> list[Row]:
         encoding=Encoding(batch_size=args.batch_size, workers=args.workers, precision=args.precision, seed=args.seed),
         device=args.device,
     )
-    failed = run_suite(job).failed
-    stored = read_results(args.out) if (args.out / RESULTS).is_file() else []
-    found = {(row["model_ref"], row["protocol"]): row for row in stored if row["dataset"] == entry.name}
-    # Where nothing failed, data that could not be opened are an error of another day.
-    protocols = (UNOPENED, protocol) if failed else (protocol,)
-    rows = [next((found[ref, name] for name in protocols if (ref, name) in found), None) for ref in job.models]
-    if None in rows:
-        ref = job.models[rows.index(None)]
-        raise UserError(f"{ref} encodes no texts, which {protocol} needs; name a model with a text tower.")
-    return [row for row in rows if row is not None]
+    found = {str(row["model_ref"]): row for row in run_suite(job).rows}
+    for ref in job.models:
+        if ref not in found:
+            sentence = f"{ref} encodes no texts, which {protocol} needs; name a model with a text tower."
+            about = about_model(ref, job) | about_entry(entry, job)
+            found[ref] = about | error_columns(protocol, TASKS[protocol], sentence)
+    return [found[ref] for ref in job.models]
 
 
 def end_single(args: argparse.Namespace, protocol: str, rows: Sequence[dict[str, Any]]) -> None:

@@ -14,12 +14,11 @@ from vlkd.errors import UserError
 from vlkd.metrics import aggregate as mean_over
 from vlkd.suite.declaration import Aggregate
 from vlkd.suite.metric_words import MetricWords, metric_words
+from vlkd.suite.results import UNOPENED, latest
 
 Row = Mapping[str, Any]
 
 SPEED, AGREEMENT = "speed", "agreement"
-UNOPENED = "data"
-"""In the error row of a data set that could not be opened, where the protocol stands otherwise."""
 PROBES = ("linear_probe", "knn")
 """Protocols that train on the data set; a data set has at most one other protocol that counts in an aggregate."""
 
@@ -103,6 +102,11 @@ def pivot(rows: Sequence[Row]) -> Pivot:
         weights = {row.get("fingerprint") for row in rows if row["model_ref"] == model and row["status"] == "ok"}
         if len(weights) > 1:
             remarks.append(f"{names[model]}: the rows come from {len(weights)} different models of this name.")
+    for row in _unopened_again(rows):
+        model = names[str(row["model_ref"])]
+        remarks.append(
+            f"{model}, {row['dataset']}: the figures are of an earlier run; the last one failed: {row['error']}"
+        )
     return Pivot(models=models, names=names, lines=tuple(lines), remarks=tuple(remarks))
 
 
@@ -110,22 +114,27 @@ def _tasks(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
     """The rows of each (data set, protocol).
 
     A data set that could not be opened for a model has one error row, which stands for all protocols that other
-    models ran on it, and for none where the model has been measured on it at another time.
+    models ran on it, and for none where the model was measured on it in an earlier run.
     """
-    measured = {(row["model_ref"], row["dataset"]) for row in rows if row["protocol"] != UNOPENED}
     tasks: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         if row["protocol"] != UNOPENED:
             tasks.setdefault((str(row["dataset"]), str(row["protocol"])), []).append(row)
-    unopened = [row for row in rows if row["protocol"] == UNOPENED]
-    for row in unopened:
-        if (row["model_ref"], row["dataset"]) in measured:
+    again = _unopened_again(rows)
+    for row in rows:
+        if row["protocol"] != UNOPENED or row in again:
             continue
         dataset = str(row["dataset"])
         others = [task for task in tasks if task[0] == dataset] or [(dataset, UNOPENED)]
         for task in others:
             tasks.setdefault(task, []).append(row)
     return tasks
+
+
+def _unopened_again(rows: Sequence[Row]) -> list[Row]:
+    """The failures to open that came after the model was measured on the data set."""
+    measured = {(row["model_ref"], row["dataset"]) for row in rows if row["protocol"] != UNOPENED}
+    return [row for row in rows if row["protocol"] == UNOPENED and (row["model_ref"], row["dataset"]) in measured]
 
 
 def _lines(dataset: str, protocol: str, rows: Sequence[Row]) -> Iterator[Line]:
@@ -148,7 +157,6 @@ def join_results(parts: Sequence[Sequence[Row]]) -> list[Row]:
     Raises:
         UserError: two files measured different models under one name.
     """
-    joined: dict[tuple[str, str, str], Row] = {}
     owner: dict[tuple[str, str], int] = {}
     for number, part in enumerate(parts):
         for row in part:
@@ -160,8 +168,7 @@ def join_results(parts: Sequence[Sequence[Row]]) -> list[Row]:
                 )
             if row["status"] == "ok":
                 owner.setdefault((model, weights), number)
-            joined[model, str(row["dataset"]), str(row["protocol"])] = row
-    return list(joined.values())
+    return latest(row for part in parts for row in part)
 
 
 def short_names(refs: Sequence[str]) -> dict[str, str]:

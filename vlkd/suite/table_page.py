@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from vlkd.report import Bar, Dot, Estimate, Report, Table, grouped_bar_plot, scatter_plot
 from vlkd.suite.declaration import Aggregate
 from vlkd.suite.metric_words import metric_words
-from vlkd.suite.table import AGREEMENT, SPEED, UNOPENED, Line, Pivot, retention, spaced
+from vlkd.suite.results import UNOPENED
+from vlkd.suite.table import AGREEMENT, SPEED, Line, Pivot, retention, spaced
 from vlkd.suite.table_markdown import aggregate_cells
 
 LATENCY = "latency_ms_p50_1_thread"
@@ -128,14 +129,16 @@ def _add_bars(report: Report, table: Pivot) -> None:
             groups = {_group(line, lines): [_bar(line, model) for model in models] for line in part}
             metrics = ", ".join(dict.fromkeys(line.metric for line in part))
             names = [table.names[model] for model in models]
-            plots.append(grouped_bar_plot(groups, names, title=spaced(protocol), x_label=f"{metrics}, percent"))
+            colours = [table.models.index(model) for model in models]
+            plots.append(
+                grouped_bar_plot(groups, names, title=spaced(protocol), x_label=f"{metrics}, percent", colours=colours)
+            )
     report.plot(*plots)
 
 
 def _measured(table: Pivot, lines: Sequence[Line]) -> tuple[str, ...]:
-    """The models up to the last one with a value, so that a colour stands for the same model in every plot."""
-    seen = [any(line.score(model) is not None for line in lines) for model in table.models]
-    return table.models[: len(seen) - seen[::-1].index(True)] if any(seen) else ()
+    """The models with a value; the teacher has none of its agreement with itself, a tower none without texts."""
+    return tuple(model for model in table.models if any(line.score(model) is not None for line in lines))
 
 
 def _group(line: Line, lines: Sequence[Line]) -> str:

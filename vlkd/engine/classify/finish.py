@@ -26,12 +26,15 @@ from vlkd.engine.finish import LEFT_OUT, write_lines
 from vlkd.engine.results import flat
 from vlkd.errors import UserError
 from vlkd.models.classifier import Classifier, load_classifier, mixed_probabilities
+from vlkd.models.classifier_images import student_of
 from vlkd.protocols.classifier import classifier
 from vlkd.protocols.measured import Measured
-from vlkd.report import Estimate, Table, write_run_report
+from vlkd.report import Estimate, Figure, Table, write_run_report
 from vlkd.report.table import Value
 
 MIX, LABEL, TEACHER_HEAD, TEACHER = "student", "label head", "teacher head", "teacher"
+SPLITS = {"val": "Validation", "test": "Test"}
+"""What a report calls the splits."""
 WORST_CLASSES = 12
 
 
@@ -56,14 +59,15 @@ def finish(
 ) -> None:
     """Evaluate the chosen student beside its heads, its teacher and `report.compare`; write results and report."""
     student = load_classifier(folder / STUDENT)
+    others = {ref: compared(ref, pool) for ref in config.report.compare}
     splits = {"val": pool.val} | ({"test": pool.test} if pool.test is not None else {})
     entries: list[Entry] = []
     for split, images in splits.items():
         entries += student_entries(student, images, split, STUDENT)
         if teaching is not None and config.report.teacher:
             entries.append(teacher_entry(teaching, images, split, config.teacher.ref, config.teacher.place))
-        for ref in config.report.compare:
-            entries += student_entries(compared(ref, pool), images, split, ref)[:1]
+        for ref, other in others.items():
+            entries += student_entries(other, images, split, ref)[:1]
     bad = {key: reason for stream in streams.values() for key, reason in stream.bad.items()}
     if bad:
         write_lines(folder / LEFT_OUT, [{"key": key, "reason": reason} for key, reason in sorted(bad.items())])
@@ -80,11 +84,15 @@ def finish(
     }
     rows = [row_of(entry) | run for entry in entries]
     write_lines(folder / "results.jsonl", rows)
-    notes = [*pool.told, *(teaching.told if teaching is not None else ()), *chosen_notes(config, outcome)]
+    tuned = config.mix.tune and student.teacher_head is not None
+    notes = [*pool.told, *(teaching.told if teaching is not None else ()), chosen_words(config, outcome, tuned=tuned)]
     notes += [f"{part}: {coverage_words(stream)}" for part, stream in streams.items()]
+    for entry in entries:
+        if entry.name == STUDENT and entry.role == MIX and (unreadable := entry.measured.notes["unreadable"]):
+            notes.append(f"{SPLITS[entry.split]} images that cannot be read, and are in no figure: {unreadable}.")
     if bad:
-        notes.append(f"{len(bad)} images could not be used, all in {LEFT_OUT}.")
-    path = write_report(config, folder, entries, notes)
+        notes.append(f"{len(bad)} training images could not be used, all in {LEFT_OUT}.")
+    path = write_report(config, folder, entries, notes, lead_words(pool, teaching))
     for entry in entries:
         low, high = entry.measured.interval or (float("nan"), float("nan"))
         print(
@@ -96,8 +104,8 @@ def finish(
 
 
 def compared(ref: str, pool: LabelledPool) -> Classifier:
-    """A further classifier; raises `UserError` unless it has the same classes in the same order."""
-    found = load_classifier(ref)
+    """A further classifier, or a run's; raises `UserError` unless it has the same classes in the same order."""
+    found = load_classifier(student_of(ref))
     if found.classes != pool.classes:
         raise UserError(
             f"report.compare: {ref} has {len(found.classes)} classes that are not the {len(pool.classes)} of "
@@ -150,7 +158,10 @@ def teacher_entry(teaching: Teaching, images: Labelled, split: str, ref: str, ke
         name=ref,
         parameters=sum(teaching.model.parameter_counts().values()),
         measured=classifier(
-            table, labels, classes=[str(i) for i in range(table.shape[1])], notes={"zeta": teaching.teacher.zeta}
+            table,
+            labels,
+            classes=images.classes,
+            notes={"zeta": teaching.teacher.zeta, "unreadable": len(images) - len(labels)},
         ),
     )
 
@@ -172,39 +183,61 @@ def row_of(entry: Entry) -> dict[str, Any]:
     }
 
 
-def chosen_notes(config: ClassifierRun, outcome: Outcome) -> list[str]:
+def chosen_words(config: ClassifierRun, outcome: Outcome, *, tuned: bool) -> str:
     """What validation images chose."""
     best = outcome.best
     how = "The state with the highest validation accuracy" if config.train.choose else "The last state"
-    mix = "alpha and beta chosen on validation images" if config.mix.tune else "alpha and beta as set"
-    return [
+    mix = "chosen on validation images, too" if tuned else "not tuned"
+    return (
         f"{outcome.samples} student samples in {outcome.step} steps, {outcome.seconds:.0f} s, seed {config.seed}. "
-        f"{how}: step {best['step']:.0f}, {100 * best['score']:.1f} %; {mix}: alpha = {best['alpha']:g}, "
-        f"beta = {best['beta']:g}. No test image chose anything."
-    ]
+        f"{how}: step {best['step']:.0f}, {100 * best['score']:.1f} % there; alpha = {best['alpha']:g} and beta = "
+        f"{best['beta']:g}, {mix}. No test image chose anything."
+    )
 
 
 def coverage_words(stream: BatchStream) -> str:
     """How often a part was passed."""
     (part,) = stream.coverage()
-    return f"{part.distinct} of {part.rows} images were drawn, {part.epochs:.2f} times."
+    return f"{part.distinct} of {part.rows} images were drawn, in {part.epochs:.2f} passes."
 
 
-def write_report(config: ClassifierRun, folder: Path, entries: Sequence[Entry], notes: Sequence[str]) -> Path:
-    """Draw `report.html`: the table of each split, what the hardest classes are, curves, settings."""
-    tables = {split: result_table(entries, split) for split in dict.fromkeys(entry.split for entry in entries)}
+def lead_words(pool: LabelledPool, teaching: Teaching | None) -> str:
+    """What was learned from what."""
+    teacher = f" and a teacher of {100 * teaching.accuracy:.1f} % on validation images" if teaching is not None else ""
+    return (
+        f"A classifier of {len(pool.classes)} classes, from {len(pool.labelled)} labels, a pool of {len(pool.pairs)} "
+        f"training images{teacher}."
+    )
+
+
+def write_report(
+    config: ClassifierRun, folder: Path, entries: Sequence[Entry], notes: Sequence[str], lead: str
+) -> Path:
+    """Draw `report.html`: key figures, the table of each split, the hardest classes, curves, settings."""
+    # The final figures come first.
+    splits = list(dict.fromkeys(entry.split for entry in reversed(entries)))
+    tables = {SPLITS[split]: result_table(entries, split) for split in splits}
     last = [entry for entry in entries if entry.role == MIX and entry.name == STUDENT][-1]
-    tables[f"hardest classes, {last.split}"] = class_table(entries, last)
+    tables[f"Hardest classes: recall on {SPLITS[last.split].lower()}"] = class_table(entries, last)
     legend = "acc1: accuracy in percent with its 95 % interval (Wilson); ece: expected calibration error in percent."
     return write_run_report(
         folder,
         title=folder.name,
-        lead=f"A classifier of {last.measured.counts['classes']} classes, {config.data.shots} shots.",
+        lead=lead,
+        figures=[key_figure(entry) for entry in entries if entry.split == last.split],
         settings=flat(json.loads(json.dumps(to_json(config)))),
         metrics_path=folder / "metrics.jsonl",
         tables=tables,
         notes=[legend, *notes],
     )
+
+
+def key_figure(entry: Entry) -> Figure:
+    """Accuracy in percent, and where it lies with 95 % confidence."""
+    low, high = entry.measured.interval or (float("nan"), float("nan"))
+    name = entry.name if entry.name != STUDENT and entry.role == MIX else entry.role
+    value = f"{100 * entry.measured.score:.1f} %"
+    return Figure(label=name, value=value, note=f"{100 * low:.1f} to {100 * high:.1f}, {SPLITS[entry.split].lower()}")
 
 
 def result_table(entries: Sequence[Entry], split: str) -> Table:
@@ -234,11 +267,16 @@ def result_table(entries: Sequence[Entry], split: str) -> Table:
 
 
 def class_table(entries: Sequence[Entry], student: Entry) -> Table:
-    """Recall of the student's hardest classes, of each of its heads, percent."""
-    own = [entry for entry in entries if entry.split == student.split and entry.name == STUDENT]
+    """Recall of the student's hardest classes, of each of its heads and of its teacher, percent."""
+    own = [
+        entry for entry in entries if entry.split == student.split and (entry.name == STUDENT or entry.role == TEACHER)
+    ]
     recall = student.measured.per_class
+    counts = np.bincount(student.measured.per_item["label"].astype(np.int64))
+    images = dict(zip(recall, counts[counts > 0].tolist(), strict=True))
     hardest = sorted(recall, key=lambda name: (recall[name], name))[:WORST_CLASSES]
     rows: list[list[Value]] = [
-        [name, *(Estimate(value=100 * entry.measured.per_class[name]) for entry in own)] for name in hardest
+        [name, images[name], *(Estimate(value=100 * entry.measured.per_class[name]) for entry in own)]
+        for name in hardest
     ]
-    return Table(("class", *(entry.role for entry in own)), rows)
+    return Table(("class", "images", *(entry.role for entry in own)), rows)

@@ -154,7 +154,7 @@ def _keep(student: Classifier, best: Mapping[str, float], folder: Path) -> None:
 
 
 def _kept(folder: Path, best: dict[str, float]) -> dict[str, float]:
-    """What the kept student says of itself, as a killed run may have chosen it behind its checkpoint, which says `best`.
+    """What the kept student says of itself; a killed run may have chosen it behind its checkpoint, which says `best`.
 
     Without a student, as a kill between two renames leaves it, nothing is chosen yet.
     """
@@ -170,7 +170,7 @@ def _figures(distiller: ClassDistiller, found: ClassStep) -> dict[str, float]:
     own = [*(found.losses.get(term.name, none) for term in distiller.terms), found.total]
     ranks = each_ranks(torch.stack([value.detach().float().cpu() for value in own]))
     *losses, total = torch.stack(ranks).nanmean(dim=0).tolist()
-    row = {}
+    row: dict[str, float] = {}
     for term, loss in zip(distiller.terms, losses, strict=True):
         if not math.isnan(loss):
             row |= {f"loss/{term.name}": loss, f"weighted/{term.name}": term.weight * loss}

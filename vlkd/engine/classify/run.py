@@ -20,7 +20,7 @@ from vlkd.data.plan_subset import SubsetPlan
 from vlkd.data.pool import LabelledPool, open_pool
 from vlkd.data.samples import Consumer, SampleSequence
 from vlkd.distill.class_distiller import STUDENT, ClassDistiller
-from vlkd.distill.class_terms import ClassTerm, Part, check_class_terms, heads_trained, parts_read
+from vlkd.distill.class_terms import HEADS, ClassTerm, Part, check_class_terms, heads_trained, parts_read
 from vlkd.distill.teachers import CachedTeacher
 from vlkd.engine.classify.finish import compared, finish
 from vlkd.engine.classify.loop import train
@@ -34,6 +34,7 @@ from vlkd.models.classifier import Classifier
 from vlkd.models.classifier_spec import build_classifier
 from vlkd.models.composite import load_composite
 from vlkd.retrieval.zero_shot import DEFAULT_TEMPLATES, class_vectors
+
 
 def run_classifier(recipe: ModuleType, assignments: Sequence[str]) -> Path:
     """Run `recipe.config()`, changed by `key=value` assignments, with `recipe.terms(config)`; returns its folder.
@@ -100,7 +101,11 @@ def open_accelerator(config: ClassifierRun) -> Accelerator:
 
 
 def build_student(
-    config: ClassifierRun, pool: LabelledPool, folder: Path, trained: Sequence[str], teaching: Teaching | None
+    config: ClassifierRun,
+    pool: LabelledPool,
+    folder: Path,
+    trained: Sequence[str] = HEADS,
+    teaching: Teaching | None = None,
 ) -> Classifier:
     """The classifier, from a timm tower or from a dual encoder's image side; random weights from torch's generator.
 

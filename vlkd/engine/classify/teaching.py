@@ -53,9 +53,13 @@ def prepare_teacher(config: ClassifierRun, pool: LabelledPool, accelerator: Acce
     model = channels_last(load(settings.ref, device=accelerator.device))
     if "text.embed" not in model.provides:
         raise UserError(f"teacher.ref={settings.ref} has no text tower; name a dual encoder.")
+    if not settings.zeta and "logit_scale" not in model.provides:
+        raise UserError(f"teacher.ref={settings.ref} has no logit scale of its own; set teacher.zeta, 0.01 for CLIP's.")
     vectors = class_vectors(model.encode_text, pool.classes, pool.templates or DEFAULT_TEMPLATES)
     zeta = settings.zeta or 1 / logit_scale(model)
     seen, labels = embedded(model, pool.val, settings.place)
+    if not seen.isfinite().all():
+        raise UserError(f"teacher.ref={settings.ref} gives image embeddings that are not finite; check its weights.")
     plain = accuracy(zero_shot_logits(seen, vectors, zeta), labels)
     low, high = wilson_interval(plain * len(labels), len(labels))
     told = [
