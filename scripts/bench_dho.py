@@ -28,6 +28,7 @@ from vlkd.config import override
 from vlkd.data.pool import open_pool
 from vlkd.data.samples import Batch
 from vlkd.distill.class_distiller import ClassDistiller
+from vlkd.distill.class_terms import heads_trained
 from vlkd.engine.classify.run import build_student, open_accelerator, open_streams
 from vlkd.engine.classify.step import backward_step
 from vlkd.engine.classify.teaching import prepare_teacher
@@ -113,7 +114,7 @@ class Bench:
         terms = self.recipe.terms(config)
         teaching = self.teaching if config.teacher.ref else None
         torch.manual_seed(config.seed)
-        student = build_student(config, self.pool, self.folder)
+        student = build_student(config, self.pool, self.folder, heads_trained(terms), teaching)
         distiller = ClassDistiller(
             student, terms, torch.from_numpy(self.pool.labels), teaching.teacher if teaching else None
         )

@@ -20,7 +20,7 @@ from vlkd.data.plan_subset import SubsetPlan
 from vlkd.data.pool import LabelledPool, open_pool
 from vlkd.data.samples import Consumer, SampleSequence
 from vlkd.distill.class_distiller import STUDENT, ClassDistiller
-from vlkd.distill.class_terms import HEADS, ClassTerm, Part, check_class_terms, heads_trained, parts_read
+from vlkd.distill.class_terms import ClassTerm, Part, check_class_terms, heads_trained, parts_read
 from vlkd.distill.teachers import CachedTeacher
 from vlkd.engine.classify.finish import compared, finish
 from vlkd.engine.classify.loop import train
@@ -104,8 +104,8 @@ def build_student(
     config: ClassifierRun,
     pool: LabelledPool,
     folder: Path,
-    trained: Sequence[str] = HEADS,
-    teaching: Teaching | None = None,
+    trained: Sequence[str],
+    teaching: Teaching | None,
 ) -> Classifier:
     """The classifier, from a timm tower or from a dual encoder's image side; random weights from torch's generator.
 
