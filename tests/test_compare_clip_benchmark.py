@@ -171,7 +171,7 @@ def rows(script, model, tmp_path_factory):
         choices(root / "single", images=1, equal=3),
     ]
     found = script.compare(str(model), [str(place) for place in places], root / "work")
-    return {(row.data.removeprefix("data0-"), row.figure): row for row in found}
+    return {(row.data.removeprefix(f"{root.name}-"), row.figure): row for row in found}
 
 
 def test_figures_are_equal_where_the_definitions_are(rows):
