@@ -21,6 +21,7 @@ from vlkd.data.labelled import open_labelled
 from vlkd.distill.class_distiller import ClassDistiller
 from vlkd.distill.class_teacher import ClassTeacher
 from vlkd.engine.classify import loop
+from vlkd.engine.classify.compute import forward_flop
 from vlkd.engine.classify.embedded import embedded
 from vlkd.engine.classify.mix import ALPHAS, BETAS, choose_mix
 from vlkd.engine.classify.smoke import draw_classes
@@ -134,6 +135,7 @@ def test_every_variant_runs_and_leaves_a_classifier_and_a_report(name, tmp_path)
     row = results_of(folder, "test")
     assert 0 <= row["acc1"] <= 1
     assert row["notes"]["alpha"] == student.alpha
+    assert (row["compute"]["teacher_tflop"] > 0) == ("teacher.ref=x" in VARIANTS[name])
     assert (folder / "report.html").read_text(encoding="utf-8").rstrip().endswith("</html>")
     if name in ("labels", "teacher"):
         assert (student.teacher_head, student.alpha) == (None, 1)
@@ -313,3 +315,8 @@ def test_a_teacher_of_no_numbers_and_unreadable_pictures_are_told(tmp_path, caps
     with pytest.raises(SystemExit):
         main(["train", "dho", *words, f"teacher.ref={folder}", f"out={tmp_path}/x"])
     assert "not finite" in capsys.readouterr().err
+
+
+def test_arithmetic_is_that_of_a_layer_counted_by_hand():
+    layer = torch.nn.Conv2d(3, 5, 3, padding=1, bias=False)
+    assert forward_flop(layer, layer, (8, 6)) == 2 * 5 * 3 * 9 * 8 * 6

@@ -17,6 +17,7 @@ from vlkd.config import to_json
 from vlkd.data.labelled import Labelled
 from vlkd.data.loader import BatchStream
 from vlkd.data.pool import LabelledPool
+from vlkd.engine.classify.compute import compute, compute_words
 from vlkd.engine.classify.embedded import embedded
 from vlkd.engine.classify.loop import STUDENT, Outcome
 from vlkd.engine.classify.settings import ClassifierRun
@@ -71,6 +72,7 @@ def finish(
     bad = {key: reason for stream in streams.values() for key, reason in stream.bad.items()}
     if bad:
         write_lines(folder / LEFT_OUT, [{"key": key, "reason": reason} for key, reason in sorted(bad.items())])
+    cost = compute(config, student, teaching, len(pool.pairs))
     run = {
         "samples": outcome.samples,
         "steps": outcome.step,
@@ -80,6 +82,7 @@ def finish(
         "labelled": len(pool.labelled),
         "pool": len(pool.pairs),
         "best": dict(outcome.best),
+        "compute": cost,
         "vlkd": __version__,
     }
     rows = [row_of(entry) | run for entry in entries]
@@ -87,6 +90,7 @@ def finish(
     tuned = config.mix.tune and student.teacher_head is not None
     notes = [*pool.told, *(teaching.told if teaching is not None else ()), chosen_words(config, outcome, tuned=tuned)]
     notes += [f"{part}: {coverage_words(stream)}" for part, stream in streams.items()]
+    notes.append(compute_words(cost, config))
     for entry in entries:
         if entry.name == STUDENT and entry.role == MIX and (unreadable := entry.measured.notes["unreadable"]):
             notes.append(f"{SPLITS[entry.split]} images that cannot be read, and are in no figure: {unreadable}.")
