@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,7 @@ def finish(
             notes.append(f"{SPLITS[entry.split]} images that cannot be read, and are in no figure: {unreadable}.")
     if bad:
         notes.append(f"{len(bad)} training images could not be used, all in {LEFT_OUT}.")
-    path = write_report(config, folder, entries, notes, lead_words(pool, teaching))
+    path = write_report(config, folder, entries, notes, lead_words(pool, teaching, streams))
     for entry in entries:
         low, high = entry.measured.interval or (float("nan"), float("nan"))
         print(
@@ -205,13 +205,17 @@ def coverage_words(stream: BatchStream) -> str:
     return f"{part.distinct} of {part.rows} images were drawn, in {part.epochs:.2f} passes."
 
 
-def lead_words(pool: LabelledPool, teaching: Teaching | None) -> str:
-    """What was learned from what."""
-    teacher = f" and a teacher of {100 * teaching.accuracy:.1f} % on validation images" if teaching is not None else ""
-    return (
-        f"A classifier of {len(pool.classes)} classes, from {len(pool.labelled)} labels, a pool of {len(pool.pairs)} "
-        f"training images{teacher}."
-    )
+def lead_words(pool: LabelledPool, teaching: Teaching | None, parts: Collection[str]) -> str:
+    """What was learned from what; `parts` are those that the student saw."""
+    sources = []
+    if "labelled" in parts:
+        sources.append(f"{len(pool.labelled)} labels")
+    if "pool" in parts:
+        sources.append(f"a pool of {len(pool.pairs)} training images")
+    if teaching is not None:
+        sources.append(f"a teacher of {100 * teaching.accuracy:.1f} % on validation images")
+    *first, last = sources
+    return f"A classifier of {len(pool.classes)} classes, from {', '.join(first)}{' and ' if first else ''}{last}."
 
 
 def write_report(
