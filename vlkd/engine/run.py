@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
 
 from vlkd import config as settings_module
 from vlkd.data.decoded import Decoded
@@ -25,6 +23,7 @@ from vlkd.data.table import Table
 from vlkd.distill.distiller import Distiller
 from vlkd.distill.teachers import CachedTeacher
 from vlkd.distill.term import Term, wanted
+from vlkd.engine.accelerator import accelerator_of
 from vlkd.engine.checkpoint import whole_checkpoints
 from vlkd.engine.distributed import gather_rows, mean_over_ranks, own_rows
 from vlkd.engine.finish import Watched, finish
@@ -110,15 +109,9 @@ def run_recipe(recipe: ModuleType, assignments: Sequence[str]) -> Path:
 
 def open_accelerator(config: Run) -> Accelerator:
     """The devices, ranks and precision of a run; raises `UserError` where a GPU is asked for and there is none."""
-    if config.train.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("train.device=cuda: torch finds no GPU here; set train.device=auto or cpu.")
-    return Accelerator(
-        cpu=config.train.device == "cpu" or config.smoke,
-        mixed_precision="bf16" if config.train.precision == "bf16" and not config.smoke else "no",
-        log_with=list(config.train.trackers) or None,
-        # Ranks wait while the first one fills the teacher cache.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
-        project_dir=config.out,
+    settings = config.train
+    return accelerator_of(
+        settings.device, settings.precision, smoke=config.smoke, trackers=settings.trackers, out=config.out
     )
 
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
 
 from vlkd.config import override
 from vlkd.data.decoded import Decoded
@@ -22,6 +20,7 @@ from vlkd.data.samples import Consumer, SampleSequence
 from vlkd.distill.class_distiller import STUDENT, ClassDistiller
 from vlkd.distill.class_terms import ClassTerm, Part, check_class_terms, heads_trained, parts_read
 from vlkd.distill.teachers import CachedTeacher
+from vlkd.engine.accelerator import accelerator_of
 from vlkd.engine.classify.finish import compared, finish
 from vlkd.engine.classify.loop import train
 from vlkd.engine.classify.settings import ClassifierRun
@@ -90,14 +89,8 @@ def run_classifier(recipe: ModuleType, assignments: Sequence[str]) -> Path:
 
 def open_accelerator(config: ClassifierRun) -> Accelerator:
     """The devices, ranks and precision of a run; raises `UserError` where a GPU is asked for and there is none."""
-    if config.train.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("train.device=cuda: torch finds no GPU here; set train.device=auto or cpu.")
-    return Accelerator(
-        cpu=config.train.device == "cpu" or config.smoke,
-        mixed_precision="bf16" if config.train.precision == "bf16" and not config.smoke else "no",
-        # Ranks wait while the first one stores the teacher's features.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
-    )
+    settings = config.train
+    return accelerator_of(settings.device, settings.precision, smoke=config.smoke)
 
 
 def build_student(
