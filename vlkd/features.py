@@ -7,7 +7,8 @@ R regions, A answer tokens, V vocabulary, M teachers; H and W pixels; tau is a t
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from vlkd.errors import UserError
 
@@ -40,6 +41,18 @@ def check_features(wanted: Collection[str], available: Collection[str], owner: s
             raise UserError(f"{owner}: no feature is called {name!r}; the vocabulary is {', '.join(FEATURES)}.")
         if name not in available:
             raise UserError(f"{owner} cannot produce {name!r}; it has {', '.join(sorted(available))}.")
+
+
+IMAGE_PLACEHOLDER = "<image>"
+"""Stands for the picture in a turn's text, whatever token a model itself has for it."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one side says in a conversation; `<image>` in the user's text is where the picture stands."""
+
+    role: Literal["user", "assistant"]
+    text: str
 
 
 @runtime_checkable

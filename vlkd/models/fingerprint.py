@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from vlkd.models.base import DualEncoderModule
 from vlkd.models.golden import SENTENCES, probe_images
+
+if TYPE_CHECKING:
+    from vlkd.models.generative import GenerativeVLM
 
 PROJECTIONS = ("image_projection.", "text_projection.")
 
@@ -32,11 +36,31 @@ def model_fingerprint(model: DualEncoderModule, *, towers: bool = False) -> str:
     ]
     tensors += [value for _, value in sorted(transform.tokenize(SENTENCES).items())]
     named = [*((f"input.{i}", value) for i, value in enumerate(tensors)), *sorted(model.state_dict().items())]
-    for name, value in named:
-        if not (towers and name.startswith(PROJECTIONS)):
-            state.update(name.encode())
-            state.update(value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    hash_tensors(state, ((name, value) for name, value in named if not (towers and name.startswith(PROJECTIONS))))
     return state.hexdigest()[:16]
+
+
+def generative_fingerprint(model: GenerativeVLM) -> str:
+    """A hash of a generative model: weights, modules, and what it makes of fixed pictures and questions.
+
+    Args:
+        model: the model; it is only read. Its mode, gradients and checkpointing do not count.
+    """
+    state = hashlib.sha256(repr((model.visual_tokens, model.vocabulary, model.stop_ids)).encode())
+    state.update(repr(model).encode())
+    inputs = model.preprocessing.image_inputs(probe_images())
+    hash_tensors(state, sorted(inputs.items()))
+    asked = ((f"ids.{i}", model.preprocessing.prompt_ids(sentence)) for i, sentence in enumerate(SENTENCES))
+    hash_tensors(state, asked)
+    hash_tensors(state, sorted(model.state_dict().items()))
+    return state.hexdigest()[:16]
+
+
+def hash_tensors(state: Any, named: Iterable[tuple[str, Tensor]]) -> None:
+    """Feed names and bytes to a hash."""
+    for name, value in named:
+        state.update(name.encode())
+        state.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
 
 
 def without_projections(layout: Mapping[str, Any]) -> list[tuple[str, Any]]:

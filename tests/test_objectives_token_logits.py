@@ -1,0 +1,250 @@
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from helpers import properties, references, token_references
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from vlkd.errors import UserError
+from vlkd.objectives import dbild, distillation_kl, sparse_kl, taid_kl, taid_target, token_kl
+
+SHAPES = [(6, 9), (6, 9)]
+
+
+def from_top(teacher, student, *, k, tau, chunk=64):
+    """`sparse_kl` of the teacher's k largest."""
+    logs = teacher.log_softmax(1)
+    values, indices = logs.topk(k, dim=1)
+    rest = logs.exp().scatter(1, indices, 0).sum(1)
+    return sparse_kl(indices, values, rest.clamp(0, 1), student, tau=tau, chunk=chunk)
+
+
+DENSE = [
+    partial(token_kl, tau=2.0),
+    partial(token_kl, tau=0.5, reverse=True),
+    partial(taid_kl, t=0.6),
+]
+LOSSES = [*DENSE, partial(from_top, k=4, tau=1.0), partial(from_top, k=4, tau=2.0), partial(from_top, k=9, tau=2.0)]
+
+
+def arrays(*tensors):
+    return [tensor.detach().double().numpy() for tensor in tensors]
+
+
+@pytest.mark.parametrize("tau", [1.0, 2.5])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_token_kl_by_hand(tau, reverse):
+    teacher, student = properties.embeddings(*SHAPES)
+    ours = token_kl(teacher, student, tau=tau, reverse=reverse, chunk=4)
+    expected = token_references.token_kl(*arrays(teacher, student), tau, reverse)
+    np.testing.assert_allclose(ours.detach().numpy(), expected, rtol=1e-9)
+    if not reverse:
+        torch.testing.assert_close(ours, distillation_kl(student, teacher, tau=tau))
+
+
+@pytest.mark.parametrize("t", [0.0, 0.4, 1.0])
+def test_taid_by_hand(t):
+    teacher, student = properties.embeddings(*SHAPES)
+    target = taid_target(teacher, student, t)
+    rows = [references.softmax((1 - t) * s + t * z) for z, s in zip(*arrays(teacher, student), strict=True)]
+    np.testing.assert_allclose(target.numpy(), rows, rtol=1e-9)
+    assert not target.requires_grad
+    value = taid_kl(teacher, student, t=t, chunk=4)
+    losses = [references.kl(p, references.softmax(s)) for p, s in zip(rows, arrays(student)[0], strict=True)]
+    np.testing.assert_allclose(value.detach().numpy(), losses, rtol=1e-9, atol=1e-12)
+    # The gradient of the cross entropy with a constant target.
+    (gradient,) = torch.autograd.grad(value.sum(), student)
+    torch.testing.assert_close(gradient, student.softmax(1) - target)
+
+
+@pytest.mark.parametrize("tau", [1.0, 2.0])
+@pytest.mark.parametrize("k", [1, 4, 9])
+def test_sparse_kl_by_hand(tau, k):
+    teacher, student = properties.embeddings(*SHAPES)
+    indices = teacher.topk(k, dim=1).indices.numpy()
+    expected = token_references.sparse_kl(indices, *arrays(teacher, student), tau)
+    ours = from_top(teacher, student, k=k, tau=tau, chunk=4)
+    np.testing.assert_allclose(ours.detach().numpy(), expected, rtol=1e-7, atol=1e-12)
+
+
+def test_sparse_kl_against_the_full_one():
+    teacher, student = properties.embeddings(*SHAPES)
+    full = token_kl(teacher, student, tau=1.0)
+    bounds = torch.stack([from_top(teacher, student, k=k, tau=1.0) for k in range(1, 10)])
+    assert (bounds.diff(dim=0) >= -1e-9).all()  # finer classes, larger divergence
+    assert (bounds[3] < full - 1e-3).any()
+    for tau in (1.0, 3.0):
+        torch.testing.assert_close(from_top(teacher, student, k=9, tau=tau), token_kl(teacher, student, tau=tau))
+    # How the student spreads its rest is free.
+    indices = teacher.detach().topk(4, dim=1).indices
+    rest = torch.ones(6, 9).scatter(1, indices, 0).bool()
+    swapped = student.detach().clone()
+    for row in range(6):
+        swapped[row, rest[row]] = swapped[row, rest[row]].flip(0)
+    torch.testing.assert_close(from_top(teacher, swapped, k=4, tau=2.0), from_top(teacher, student, k=4, tau=2.0))
+
+
+def test_a_rest_of_zero_still_costs_the_student_its_own():
+    student = torch.zeros(1, 3, requires_grad=True)
+    value = sparse_kl(torch.tensor([[0, 1]]), torch.full((1, 2), 0.5).log(), torch.zeros(1), student, tau=1.0)
+    assert value.item() == pytest.approx(math.log(3 / 2))
+    value.backward()
+    torch.testing.assert_close(student.grad, torch.tensor([[1 / 3 - 1 / 2, 1 / 3 - 1 / 2, 1 / 3]]))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_shared_properties(loss):
+    teacher, student = properties.embeddings(*SHAPES)
+    properties.assert_follows_permutation(loss, [teacher, student])
+    properties.assert_gradient_reaches(loss, [teacher, student], {1})
+    singles = [part.detach().float() for part in (teacher, student)]
+    properties.assert_finite_at_extremes(loss, SHAPES, [1])
+    if loss.func is not taid_kl:  # whose target moves with the student; its gradient is checked in closed form
+        assert torch.autograd.gradcheck(lambda s: loss(teacher.detach(), s, chunk=4), student)
+    plain = loss(teacher, student)
+    torch.testing.assert_close(loss(teacher - 4, student + torch.arange(6)[:, None]), plain)
+    assert plain.min() > 1e-3
+    assert loss(*singles).dtype == torch.float32
+    assert loss(teacher[:0], student[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize("loss", DENSE)
+def test_float32_under_autocast(loss):
+    properties.assert_float32_under_autocast(loss, properties.embeddings(*SHAPES))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("size", [1.0, 1e4])
+def test_zero_and_without_gradient_at_equality_up_to_a_shift(loss, size):
+    teacher, _ = (size * part.detach() for part in properties.embeddings(*SHAPES))
+    same = (teacher + 3 * torch.arange(6)[:, None]).requires_grad_()
+    value = loss(teacher, same)
+    value.sum().backward()
+    assert value.abs().max() < 1e-9
+    assert same.grad.abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("size", [1.0, 1e4])
+def test_masked_vocabulary_is_no_vocabulary(loss, size):
+    teacher, student = ((size * part.detach()).float() for part in properties.embeddings(*SHAPES))
+    wide = [torch.cat([part, torch.full((6, 2), -math.inf)], 1).requires_grad_() for part in (teacher, student)]
+    value = loss(*wide)
+    (gradient,) = torch.autograd.grad(value.sum(), wide[1])
+    assert torch.isfinite(gradient).all()
+    assert not gradient[:, 9:].any()
+    torch.testing.assert_close(value, loss(teacher, student))
+
+
+@pytest.mark.parametrize("loss", DENSE)
+def test_an_entry_masked_on_one_side_is_left_out_on_both(loss):
+    teacher, student = (part.detach().clone() for part in properties.embeddings(*SHAPES))
+    teacher[:, 2] = student[:, 5] = -math.inf
+    kept = [0, 1, 3, 4, 6, 7, 8]
+    torch.testing.assert_close(loss(teacher, student), loss(teacher[:, kept], student[:, kept]))
+    assert taid_target(teacher, student, 0.0)[:, [2, 5]].tolist() == [[0, 0]] * 6
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_chunks_equal_the_plain_form(reverse):
+    teacher, student = properties.embeddings((11, 9), (11, 9))
+    weights = torch.rand(11, dtype=torch.float64)
+    t, s = ((part / 2).log_softmax(1) for part in (teacher.detach(), student))
+    plain = 4 * F.kl_div(*((t, s) if reverse else (s, t)), reduction="none", log_target=True).sum(1)
+    (expected,) = torch.autograd.grad((weights * plain).sum(), student)
+    for chunk in (1, 4, 11, 50):
+        value = token_kl(teacher, student, tau=2.0, reverse=reverse, chunk=chunk)
+        torch.testing.assert_close(value, plain)
+        torch.testing.assert_close(torch.autograd.grad((weights * value).sum(), student)[0], expected)
+
+
+class Largest(TorchDispatchMode):
+    """Counts the tensors as large as the logits, and the largest below, that operations make."""
+
+    def __init__(self, limit):
+        super().__init__()
+        self.limit, self.whole, self.largest = limit, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = {
+            leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)
+        }
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in given:
+                whole = leaf.numel() >= self.limit
+                self.whole += whole
+                self.largest = max(self.largest, 0 if whole else leaf.numel())
+        return result
+
+
+@pytest.mark.parametrize("loss", [*DENSE, partial(from_top, k=4, tau=1.0), partial(dbild, k_max=6)])
+@pytest.mark.parametrize("vocabulary", [300, 3000])
+def test_memory_beside_the_logits_is_that_of_a_chunk(loss, vocabulary):
+    positions, chunk = 64, 4
+    teacher, student = properties.embeddings(*[(positions, vocabulary)] * 2, dtype=torch.float32)
+    if loss.func is from_top:
+        values, indices = teacher.detach().log_softmax(1).topk(4, dim=1)
+        loss = partial(lambda t, s, *i, chunk: sparse_kl(*i, s, tau=1.0, chunk=chunk))
+        inputs = [teacher, student, indices, values, (1 - values.exp().sum(1)).clamp(0, 1)]
+    else:
+        inputs = [teacher, student]
+    with Largest(positions * vocabulary) as forward:
+        total = loss(*inputs, chunk=chunk).sum()
+    with Largest(positions * vocabulary) as backward:
+        total.backward()
+    assert forward.whole == 0
+    assert backward.whole <= 2  # the gradient itself, twice where it is gathered into zeros
+    for seen in (forward, backward):
+        assert seen.largest <= max(chunk * (vocabulary + 1), positions * 2 * 6, chunk * 2 * 36)
+
+
+@pytest.mark.parametrize("shapes", [[(6, 5), (6, 4)], [(6, 5), (1, 5)], [(5,), (5,)], [(5, 1), (5, 1)]])
+def test_shapes_that_do_not_fit(shapes):
+    for loss in (*DENSE, partial(taid_target, t=0.5)):
+        with pytest.raises(UserError, match=r"expected one shape \(A, V\)"):
+            loss(*properties.embeddings(*shapes))
+
+
+def test_sparse_targets_that_do_not_fit():
+    indices, values, rest, student = torch.zeros(3, 2).long(), torch.zeros(3, 2), torch.zeros(3), torch.zeros(3, 5)
+    fits = partial(sparse_kl, tau=1.0)
+    wrong = [
+        (indices[:2], values, rest, student),
+        (indices.float(), values, rest, student),
+        (indices, values[:, :1], rest, student),
+        (indices, values, rest[:, None], student),
+        (indices, values, rest, student[:2]),
+        (indices, values, rest, student[:, :1]),
+        (indices[:, :0], values[:, :0], rest, student),
+    ]
+    for inputs in wrong:
+        with pytest.raises(UserError, match="with K from 1 to V"):
+            fits(*inputs)
+    for bad in (-1, 5):
+        with pytest.raises(UserError, match="expected 0 to 4"):
+            fits(indices + bad, values, rest, student)
+    for bad in (-0.1, 1.1, math.nan):
+        with pytest.raises(UserError, match="a probability"):
+            fits(indices, values, rest + bad, student)
+
+
+@pytest.mark.parametrize("wrong", [0.0, -1.0, math.nan, math.inf])
+def test_numbers_that_are_none(wrong):
+    inputs = properties.embeddings(*SHAPES)
+    for loss in (token_kl, partial(from_top, k=3)):
+        with pytest.raises(UserError, match="temperature tau"):
+            loss(*inputs, tau=wrong)
+    with pytest.raises(UserError, match="chunk"):
+        token_kl(*inputs, tau=1.0, chunk=0)
+    for share in (-0.1, 1.5, math.nan):
+        with pytest.raises(UserError, match="between 0 and 1"):
+            taid_kl(*inputs, t=share)
+        with pytest.raises(UserError, match="between 0 and 1"):
+            taid_target(*inputs, share)

@@ -1,0 +1,230 @@
+"""Conversations as a model's own chat template writes them: token ids, and labels on the answers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlkd.errors import UserError
+from vlkd.features import IMAGE_PLACEHOLDER, Turn
+from vlkd.models.tokenizer import first_line
+
+IGNORED = -100
+"""The label of a position that is no part of an answer."""
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A processor's way with conversations; it has no weights and travels to worker processes.
+
+    Attributes:
+        name: of the model, for messages.
+        processor: the transformers processor with its tokenizer and chat template.
+        image_token: the token that the model replaces by the picture.
+        image_token_id: its id.
+        context_length: the largest number of tokens; 0 is unknown.
+        listed: the template takes contents as lists of parts; else as strings.
+    """
+
+    name: str
+    processor: Any
+    image_token: str
+    image_token_id: int
+    context_length: int
+    listed: bool
+
+    def render(self, turns: Sequence[Turn], *, prompt: bool = False) -> str:
+        """The template's text, one image token for the picture; with `prompt` up to where an answer begins."""
+        messages = [{"role": turn.role, "content": self._content(turn.text)} for turn in turns]
+        try:
+            return str(self.processor.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False))
+        except Exception as error:  # templates raise their own
+            raise UserError(
+                f"The chat template of {self.name} refuses a conversation of {len(turns)} turns ({first_line(error)}); "
+                "expected turns of user and assistant, mend the template."
+            ) from error
+
+    def _content(self, text: str) -> Any:
+        if not self.listed:
+            return text.replace(IMAGE_PLACEHOLDER, self.image_token)
+        parts: list[dict[str, str]] = []
+        for index, words in enumerate(text.split(IMAGE_PLACEHOLDER)):
+            parts += [{"type": "image"}] if index else []
+            parts += [{"type": "text", "text": words.strip()}] if words.strip() else []
+        return parts
+
+    def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids and their characters (from, to); the tokenizer's own first token is added where the text has none."""
+        tokenizer = self.processor.tokenizer
+        begun = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+        found = tokenizer(text, add_special_tokens=not begun, return_offsets_mapping=True)
+        return list(found["input_ids"]), [tuple(span) for span in found["offset_mapping"]]
+
+
+def open_chat(name: str, processor: Any, *, image_token_id: int, context_length: int) -> Chat:
+    """How this processor wants its conversations.
+
+    Raises:
+        UserError: there is no chat template, the tokenizer is slow, or the template drops the picture.
+    """
+    if not getattr(processor, "chat_template", None):
+        if not getattr(processor.tokenizer, "chat_template", None):
+            raise UserError(
+                f"{name} has no chat template; add its chat_template.jinja, which says how turns are written."
+            )
+        processor.chat_template = processor.tokenizer.chat_template
+    if not processor.tokenizer.is_fast:
+        raise UserError(f"{name} has a slow tokenizer, which tells no offsets; save its folder with a fast one.")
+    token = str(processor.image_token)
+    probe = (Turn("user", f"{IMAGE_PLACEHOLDER}\nWhat is it?"),)
+    for listed in (True, False):
+        chat = Chat(name, processor, token, image_token_id, context_length, listed)
+        # A template for strings prints the list itself, or stumbles over it.
+        try:
+            text = chat.render(probe, prompt=True)
+        except UserError:
+            continue
+        if text.count(token) == 1 and "What is it?" in text and "'type'" not in text:
+            return chat
+    raise UserError(f"The chat template of {name} does not write {token} where the picture stands; mend the template.")
+
+
+def encode_conversation(
+    chat: Chat, turns: Sequence[Turn], *, visual_tokens: int, key: str = ""
+) -> tuple[Tensor, Tensor]:
+    """Token ids of a whole conversation and labels, -100 but on the answers and on the token that ends each.
+
+    The text is tokenised as a whole. An answer reaches from where the template's prompt for it ends to its end token;
+    a token that overlaps it belongs to it, as in transformers' assistant masks. Where a template ends answers by no
+    special token (LLaVA 1.5's in transformers), the tokenizer's end token is put there, as in LLaVA's own training.
+
+    Args:
+        chat: from `open_chat`; also a model's `preprocessing.chat`.
+        turns: user first, in turn with the assistant; one `<image>` in all.
+        visual_tokens: N, by which the one image token is replaced.
+        key: the sample's name, for messages.
+
+    Returns:
+        ids (T,) and labels (T,) int64; labels[t] is ids[t] or -100, not shifted.
+
+    Raises:
+        UserError: no answer, an answer without a token, not exactly one picture, or more tokens than the context.
+    """
+    where = f"The conversation {key!r}" if key else "A conversation"
+    if not any(turn.role == "assistant" for turn in turns):
+        raise UserError(f"{where} has no answer; expected turns of user and assistant.")
+    text, answers = _text_and_answers(chat, turns, where)
+    ids, places = chat.encode(text)
+    labels = [IGNORED] * len(ids)
+    for begin, end in answers:
+        inside = [at for at, (first, last) in enumerate(places) if first < end and last > begin]
+        # The last one is the end token, which alone is no answer.
+        if len(inside) < 2:
+            raise UserError(f"{where} has an answer without tokens; write the answer, or leave the sample out.")
+        for at in inside:
+            labels[at] = ids[at]
+    return _expand(chat, ids, labels, visual_tokens, where)
+
+
+def prompt_ids(chat: Chat, turns: Sequence[Turn] | str, *, visual_tokens: int) -> Tensor:
+    """Ids (T,) int64 of a prompt up to where the answer begins; a string is a question about the picture."""
+    asked = (Turn("user", f"{IMAGE_PLACEHOLDER}\n{turns}"),) if isinstance(turns, str) else turns
+    ids, _ = chat.encode(chat.render(asked, prompt=True))
+    return _expand(chat, ids, ids, visual_tokens, f"The prompt {asked[-1].text!r}")[0]
+
+
+def pad_conversations(rows: Sequence[tuple[Tensor, Tensor]], pad_id: int, *, left: bool = False) -> dict[str, Tensor]:
+    """`ids`, `labels` (B, T) int64 and `mask` (B, T) bool of encoded conversations, T the longest.
+
+    Args:
+        rows: from `encode_conversation`.
+        pad_id: the id under padding.
+        left: pad in front, as generation needs it.
+    """
+    longest = max(len(ids) for ids, _ in rows)
+    ids = torch.full((len(rows), longest), pad_id)
+    labels = torch.full((len(rows), longest), IGNORED)
+    mask = torch.zeros((len(rows), longest), dtype=torch.bool)
+    for row, (own, own_labels) in enumerate(rows):
+        place = slice(longest - len(own), longest) if left else slice(0, len(own))
+        ids[row, place], labels[row, place], mask[row, place] = own, own_labels, True
+    return {"ids": ids, "labels": labels, "mask": mask}
+
+
+def answer_positions(labels: Tensor) -> Tensor:
+    """Positions (B, T) bool whose logits predict an answer token, each one before its token; A are true."""
+    keep = torch.zeros_like(labels, dtype=torch.bool)
+    keep[:, :-1] = labels[:, 1:] != IGNORED
+    return keep
+
+
+def answer_targets(labels: Tensor) -> Tensor:
+    """The answer tokens (A,) of labels (B, T), in the order of the logits at `answer_positions`."""
+    following = labels[:, 1:]
+    return following[following != IGNORED]
+
+
+def _text_and_answers(chat: Chat, turns: Sequence[Turn], where: str) -> tuple[str, list[tuple[int, int]]]:
+    """The conversation's text, and the characters (from, to) of each answer with its end token."""
+    whole = chat.render(turns)
+    text, taken, answers = "", 0, []
+    for index, turn in enumerate(turns):
+        if turn.role != "assistant":
+            continue
+        answer = turn.text.strip()
+        begin, end = len(chat.render(turns[:index], prompt=True)), len(chat.render(turns[: index + 1]))
+        found = whole.find(answer, begin, end)
+        if whole[:begin] != chat.render(turns[:index], prompt=True) or found < 0:
+            raise UserError(
+                f"{where}: the chat template of {chat.name} does not continue its own prompt with the "
+                f"answer {answer!r}; expected a template whose prompt is how it writes the turns before an answer."
+            )
+        after = found + len(answer)
+        stop, closed = _closing(chat, whole, after, end)
+        text += whole[taken:begin]
+        first = len(text)
+        text += whole[begin:after] + closed
+        answers.append((first, len(text)))
+        taken = stop
+    return text + whole[taken:], answers
+
+
+def _closing(chat: Chat, whole: str, after: int, end: int) -> tuple[int, str]:
+    """Where the text goes on behind an answer, and what closes the answer: the template's end token, or ours."""
+    rest = whole[after:end]
+    blank = len(rest) - len(rest.lstrip())
+    tokenizer = chat.processor.tokenizer
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    own = [token for token in special - {chat.image_token} if rest.startswith(token, blank)]
+    if own:
+        stop = after + blank + max(map(len, own))
+        return stop, whole[after:stop]
+    if not tokenizer.eos_token:
+        raise UserError(
+            f"{chat.name}: neither chat template nor tokenizer ends an answer; set the tokenizer's eos_token."
+        )
+    return after + blank, str(tokenizer.eos_token)
+
+
+def _expand(
+    chat: Chat, ids: Sequence[int], labels: Sequence[int], visual_tokens: int, where: str
+) -> tuple[Tensor, Tensor]:
+    """Both with the one image token replaced by N."""
+    count = sum(token == chat.image_token_id for token in ids)
+    if count != 1:
+        raise UserError(
+            f"{where} has {count} image tokens, expected one; write {IMAGE_PLACEHOLDER} once, where the picture stands."
+        )
+    at = list(ids).index(chat.image_token_id)
+    long_ids = [*ids[:at], *[chat.image_token_id] * visual_tokens, *ids[at + 1 :]]
+    long_labels = [*labels[:at], *[IGNORED] * visual_tokens, *labels[at + 1 :]]
+    if chat.context_length and len(long_ids) > chat.context_length:
+        raise UserError(
+            f"{where} has {len(long_ids)} tokens, {visual_tokens} of them for the picture, and {chat.name} takes "
+            f"{chat.context_length}; shorten it or leave it out."
+        )
+    return torch.tensor(long_ids), torch.tensor(long_labels)
