@@ -153,7 +153,7 @@ def test_sources_of_one_name_are_refused(place, capsys):
 
 
 def test_an_unknown_subcommand_is_one_sentence(capsys):
-    assert refused(capsys, ["cache", "pictures"]) == "vlkd: vlkd cache has no 'pictures'; there is embeddings."
+    assert refused(capsys, ["cache", "pictures"]) == "vlkd: vlkd cache has no 'pictures'; there are embeddings and answers."
     main(["cache"])
     assert "examples:\n  vlkd cache embeddings" in capsys.readouterr().out
 

@@ -35,6 +35,7 @@ LAW: dict[str, set[str]] = {
     "metrics": {"features", "errors"},
     "active": {"errors"},
     "retrieval": {"metrics", "features", "errors"},
+    "lmms_eval": {"models", "features", "errors"},
     "protocols": {"retrieval", "metrics", "features", "errors"},
     "report": {"features", "errors"},
     "suite": {"protocols", "models", "data", "retrieval", "metrics", "report", "features", "errors", "recipes"},
@@ -51,7 +52,7 @@ LAW: dict[str, set[str]] = {
 """What each room, a folder or a file of vlkd/, may import of the others; `__init__` holds the version and `load`."""
 
 MAX_FILE, MAX_FUNCTION, MAX_LOOP = 350, 80, 120
-LOOPS = ("vlkd/engine/loop.py", "vlkd/engine/classify/loop.py")
+LOOPS = ("vlkd/engine/loop.py", "vlkd/engine/classify/loop.py", "vlkd/engine/vlm/loop.py")
 
 
 def room_of(path: Path) -> str:

@@ -12,25 +12,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vlkd.errors import UserError
-from vlkd.objectives import dbild, distillation_kl, sparse_kl, taid_kl, taid_target, token_kl
+from vlkd.objectives import dbild, distillation_kl, taid_kl, taid_target, token_kl
 
 SHAPES = [(6, 9), (6, 9)]
 
 
-def from_top(teacher, student, *, k, tau, chunk=64):
-    """`sparse_kl` of the teacher's k largest."""
-    logs = teacher.log_softmax(1)
-    values, indices = logs.topk(k, dim=1)
-    rest = logs.exp().scatter(1, indices, 0).sum(1)
-    return sparse_kl(indices, values, rest.clamp(0, 1), student, tau=tau, chunk=chunk)
-
-
-DENSE = [
+LOSSES = [
     partial(token_kl, tau=2.0),
     partial(token_kl, tau=0.5, reverse=True),
     partial(taid_kl, t=0.6),
 ]
-LOSSES = [*DENSE, partial(from_top, k=4, tau=1.0), partial(from_top, k=4, tau=2.0), partial(from_top, k=9, tau=2.0)]
 
 
 def arrays(*tensors):
@@ -63,41 +54,6 @@ def test_taid_by_hand(t):
     torch.testing.assert_close(gradient, student.softmax(1) - target)
 
 
-@pytest.mark.parametrize("tau", [1.0, 2.0])
-@pytest.mark.parametrize("k", [1, 4, 9])
-def test_sparse_kl_by_hand(tau, k):
-    teacher, student = properties.embeddings(*SHAPES)
-    indices = teacher.topk(k, dim=1).indices.numpy()
-    expected = token_references.sparse_kl(indices, *arrays(teacher, student), tau)
-    ours = from_top(teacher, student, k=k, tau=tau, chunk=4)
-    np.testing.assert_allclose(ours.detach().numpy(), expected, rtol=1e-7, atol=1e-12)
-
-
-def test_sparse_kl_against_the_full_one():
-    teacher, student = properties.embeddings(*SHAPES)
-    full = token_kl(teacher, student, tau=1.0)
-    bounds = torch.stack([from_top(teacher, student, k=k, tau=1.0) for k in range(1, 10)])
-    assert (bounds.diff(dim=0) >= -1e-9).all()  # finer classes, larger divergence
-    assert (bounds[3] < full - 1e-3).any()
-    for tau in (1.0, 3.0):
-        torch.testing.assert_close(from_top(teacher, student, k=9, tau=tau), token_kl(teacher, student, tau=tau))
-    # How the student spreads its rest is free.
-    indices = teacher.detach().topk(4, dim=1).indices
-    rest = torch.ones(6, 9).scatter(1, indices, 0).bool()
-    swapped = student.detach().clone()
-    for row in range(6):
-        swapped[row, rest[row]] = swapped[row, rest[row]].flip(0)
-    torch.testing.assert_close(from_top(teacher, swapped, k=4, tau=2.0), from_top(teacher, student, k=4, tau=2.0))
-
-
-def test_a_rest_of_zero_still_costs_the_student_its_own():
-    student = torch.zeros(1, 3, requires_grad=True)
-    value = sparse_kl(torch.tensor([[0, 1]]), torch.full((1, 2), 0.5).log(), torch.zeros(1), student, tau=1.0)
-    assert value.item() == pytest.approx(math.log(3 / 2))
-    value.backward()
-    torch.testing.assert_close(student.grad, torch.tensor([[1 / 3 - 1 / 2, 1 / 3 - 1 / 2, 1 / 3]]))
-
-
 @pytest.mark.parametrize("loss", LOSSES)
 def test_shared_properties(loss):
     teacher, student = properties.embeddings(*SHAPES)
@@ -114,7 +70,7 @@ def test_shared_properties(loss):
     assert loss(teacher[:0], student[:0]).shape == (0,)
 
 
-@pytest.mark.parametrize("loss", DENSE)
+@pytest.mark.parametrize("loss", LOSSES)
 def test_float32_under_autocast(loss):
     properties.assert_float32_under_autocast(loss, properties.embeddings(*SHAPES))
 
@@ -142,7 +98,7 @@ def test_masked_vocabulary_is_no_vocabulary(loss, size):
     torch.testing.assert_close(value, loss(teacher, student))
 
 
-@pytest.mark.parametrize("loss", DENSE)
+@pytest.mark.parametrize("loss", LOSSES)
 def test_an_entry_masked_on_one_side_is_left_out_on_both(loss):
     teacher, student = (part.detach().clone() for part in properties.embeddings(*SHAPES))
     teacher[:, 2] = student[:, 5] = -math.inf
@@ -184,63 +140,33 @@ class Largest(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("loss", [*DENSE, partial(from_top, k=4, tau=1.0), partial(dbild, k_max=6)])
+@pytest.mark.parametrize("loss", [*LOSSES, partial(dbild, k_max=6)])
 @pytest.mark.parametrize("vocabulary", [300, 3000])
 def test_memory_beside_the_logits_is_that_of_a_chunk(loss, vocabulary):
     positions, chunk = 64, 4
     teacher, student = properties.embeddings(*[(positions, vocabulary)] * 2, dtype=torch.float32)
-    if loss.func is from_top:
-        values, indices = teacher.detach().log_softmax(1).topk(4, dim=1)
-        loss = partial(lambda t, s, *i, chunk: sparse_kl(*i, s, tau=1.0, chunk=chunk))
-        inputs = [teacher, student, indices, values, (1 - values.exp().sum(1)).clamp(0, 1)]
-    else:
-        inputs = [teacher, student]
     with Largest(positions * vocabulary) as forward:
-        total = loss(*inputs, chunk=chunk).sum()
+        total = loss(teacher, student, chunk=chunk).sum()
     with Largest(positions * vocabulary) as backward:
         total.backward()
     assert forward.whole == 0
     assert backward.whole <= 2  # the gradient itself, twice where it is gathered into zeros
     for seen in (forward, backward):
-        assert seen.largest <= max(chunk * (vocabulary + 1), positions * 2 * 6, chunk * 2 * 36)
+        assert seen.largest <= max(chunk * vocabulary, positions * 2 * 6, chunk * 2 * 36)
 
 
 @pytest.mark.parametrize("shapes", [[(6, 5), (6, 4)], [(6, 5), (1, 5)], [(5,), (5,)], [(5, 1), (5, 1)]])
 def test_shapes_that_do_not_fit(shapes):
-    for loss in (*DENSE, partial(taid_target, t=0.5)):
+    for loss in (*LOSSES, partial(taid_target, t=0.5)):
         with pytest.raises(UserError, match=r"expected one shape \(A, V\)"):
             loss(*properties.embeddings(*shapes))
-
-
-def test_sparse_targets_that_do_not_fit():
-    indices, values, rest, student = torch.zeros(3, 2).long(), torch.zeros(3, 2), torch.zeros(3), torch.zeros(3, 5)
-    fits = partial(sparse_kl, tau=1.0)
-    wrong = [
-        (indices[:2], values, rest, student),
-        (indices.float(), values, rest, student),
-        (indices, values[:, :1], rest, student),
-        (indices, values, rest[:, None], student),
-        (indices, values, rest, student[:2]),
-        (indices, values, rest, student[:, :1]),
-        (indices[:, :0], values[:, :0], rest, student),
-    ]
-    for inputs in wrong:
-        with pytest.raises(UserError, match="with K from 1 to V"):
-            fits(*inputs)
-    for bad in (-1, 5):
-        with pytest.raises(UserError, match="expected 0 to 4"):
-            fits(indices + bad, values, rest, student)
-    for bad in (-0.1, 1.1, math.nan):
-        with pytest.raises(UserError, match="a probability"):
-            fits(indices, values, rest + bad, student)
 
 
 @pytest.mark.parametrize("wrong", [0.0, -1.0, math.nan, math.inf])
 def test_numbers_that_are_none(wrong):
     inputs = properties.embeddings(*SHAPES)
-    for loss in (token_kl, partial(from_top, k=3)):
-        with pytest.raises(UserError, match="temperature tau"):
-            loss(*inputs, tau=wrong)
+    with pytest.raises(UserError, match="temperature tau"):
+        token_kl(*inputs, tau=wrong)
     with pytest.raises(UserError, match="chunk"):
         token_kl(*inputs, tau=1.0, chunk=0)
     for share in (-0.1, 1.5, math.nan):

@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     The command line prints the message alone and exits with code 2; every other exception is ours and exits with 1.
     """
+
+
+class TooLong(UserError):
+    """A text with more tokens than a model takes."""

@@ -46,6 +46,9 @@ def check_features(wanted: Collection[str], available: Collection[str], owner: s
 IMAGE_PLACEHOLDER = "<image>"
 """Stands for the picture in a turn's text, whatever token a model itself has for it."""
 
+IGNORED = -100
+"""The label of a position that is no part of an answer."""
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -83,6 +86,32 @@ class Preprocessing(Protocol):
 
     def tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """`ids` (B, N) int64 and `mask` (B, N) bool, true on real tokens; longer texts are truncated."""
+        ...
+
+
+class ConversationPreprocessing(Protocol):
+    """How a generative model prepares pictures and conversations; it travels to worker processes."""
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the pixels, or of a tile."""
+        ...
+
+    @property
+    def visual_tokens(self) -> int:
+        """N, the places of a picture in a conversation; 0 where they depend on its size."""
+        ...
+
+    def image_inputs(self, images: Sequence[Image]) -> dict[str, Tensor]:
+        """Of B pictures `pixels`, and `image_sizes` where pictures are tiled."""
+        ...
+
+    def encode(self, turns: Sequence[Turn], *, image: Image | None = None, key: str = "") -> tuple[Tensor, Tensor]:
+        """ids (T,) and labels (T,) int64, `IGNORED` but on answers; raises `TooLong` beyond the context."""
+        ...
+
+    def pad(self, rows: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        """`ids`, `labels` (B, T) int64 and `mask` (B, T) bool of what `encode` gave, T the longest."""
         ...
 
 

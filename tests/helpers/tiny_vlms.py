@@ -9,6 +9,7 @@ from helpers.tiny_models import write_clip, write_siglip
 
 from vlkd.models.chat_tokenizer import CHAT_TEMPLATE, train_chat_tokenizer
 from vlkd.models.llava_spec import LlavaSpec, build_llava
+from vlkd.models.timm_vlm import build_timm_vlm, load_timm_vlm
 
 TEXTS = (
     "What colour is the circle?",
@@ -71,6 +72,24 @@ def sharpen(folder: Path, seed: int = 0) -> None:
     save_file(state, folder / "model.safetensors", metadata=metadata)
 
 
+def write_timm_vlm(folder: Path, *, seed: int = 0, **changes: object) -> Path:
+    """A model with timm's `test_efficientnet` at 64 px (N 4, C 256), its answers as far apart as `write_llava`'s."""
+    torch.manual_seed(seed)
+    build_timm_vlm(
+        tiny_llava_spec(**({"vision": "timm:test_efficientnet", "image_size": 64} | changes)), folder, texts=TEXTS
+    )
+    vlm = load_timm_vlm(folder)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, value in vlm.named_parameters():
+            if value.ndim > 1 and vlm.part_of(name) != "vision":
+                value.normal_(std=0.2, generator=generator)
+        for _ in range(8):  # running statistics of what really arrives
+            vlm.train().vision(torch.randn(8, 3, *vlm.preprocessing.image_size, generator=generator))
+    vlm.save(folder)
+    return folder
+
+
 def write_llava_next(folder: Path) -> Path:
     """A LLaVA-NeXT that cuts pictures into tiles of 32 px."""
     from transformers import (
@@ -128,4 +147,14 @@ def write_causal(folder: Path, *, kind: str = "qwen2", template: str = CHATML, *
     return folder
 
 
-__all__ = ["CHATML", "TEXTS", "VICUNA", "tiny_llava_spec", "write_causal", "write_clip", "write_llava", "write_siglip"]
+__all__ = [
+    "CHATML",
+    "TEXTS",
+    "VICUNA",
+    "tiny_llava_spec",
+    "write_causal",
+    "write_clip",
+    "write_llava",
+    "write_siglip",
+    "write_timm_vlm",
+]

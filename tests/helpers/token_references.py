@@ -48,17 +48,3 @@ def dbild(teacher: Array, student: Array, ks: Array, tau: float, reverse: bool =
 def token_kl(teacher: Array, student: Array, tau: float, reverse: bool) -> Array:
     pairs = [(softmax(t / tau), softmax(s / tau)) for t, s in zip(teacher, student, strict=True)]
     return tau**2 * np.array([kl(q, p) if reverse else kl(p, q) for p, q in pairs])
-
-
-def sparse_kl(indices: Array, teacher: Array, student: Array, tau: float) -> Array:
-    """From the teacher's whole distribution, whose kept tokens are `indices`."""
-    losses = []
-    for kept, t, s in zip(indices, teacher, student, strict=True):
-        both = []
-        for row in (softmax(t), softmax(s)):
-            mass = [float(row[i]) for i in kept]
-            rest = sum(float(p) for v, p in enumerate(row) if v not in set(kept.tolist()))
-            powers = np.array([m ** (1 / tau) for m in [*mass, *([rest] if rest else [])]])
-            both.append(powers / powers.sum())
-        losses.append(tau**2 * kl(*both))
-    return np.array(losses)

@@ -13,6 +13,8 @@ from vlkd.data.views import ViewSettings
 from vlkd.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
+
     from vlkd.data.sources import Pairs
     from vlkd.distill.cache import CacheReader, CacheSpec
     from vlkd.models.base import DualEncoderModule
@@ -25,11 +27,13 @@ EPILOG = f"""A cache is CACHE/TEACHER/SOURCE/, one per teacher and source, and `
 teachers.folder=CACHE teachers.views=K. The same command continues a build that was stopped.
 
 {EXAMPLES}"""
-USAGE = f"""usage: vlkd cache embeddings ...
+USAGE = f"""usage: vlkd cache embeddings|answers ...
 
   embeddings   run teachers over K augmented views of every image and over every caption, and store what they give
+  answers      run a generative teacher over conversations, and store the K likeliest tokens at each answer token
 
-{EXAMPLES}"""
+{EXAMPLES}  vlkd cache answers --teacher runs/teacher/student --data vqa/train --out runs/answers --top 32
+"""
 DTYPES = ("float32", "float16", "bfloat16", "int8")
 LEAST_COSINE = 0.999
 
@@ -39,8 +43,13 @@ def main(argv: Sequence[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return
+    if argv[0] == "answers":
+        from vlkd.cli import cache_answers
+
+        cache_answers.main(argv[1:])
+        return
     if argv[0] != "embeddings":
-        raise UserError(f"vlkd cache has no {argv[0]!r}; there is embeddings.")
+        raise UserError(f"vlkd cache has no {argv[0]!r}; there are embeddings and answers.")
     args = parse(argv[1:])
     rows = embeddings(args)
     print_table(rows)
@@ -125,18 +134,25 @@ def embeddings(args: argparse.Namespace) -> list[dict[str, Any]]:
         precision=args.precision,
         dtype=args.dtype,
     )
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no GPU here; leave it out, or give --device cpu.")
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    device = device_of(args.device)
     refs = [ref for refs in args.teacher for ref in refs.split(",") if ref]
     # All of them before work is spent on the first.
     models = [load(ref) for ref in refs]
     rows = []
     for name, model in zip(teacher_names(refs), models, strict=True):
-        model.to(torch.device(device), memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         rows += [one_cache(args, args.out / name / place, name, model, pairs, spec) for place, pairs in sources.items()]
         model.cpu()
     return rows
+
+
+def device_of(wanted: str) -> torch.device:
+    """The device of a pass; raises `UserError` for a GPU that is not there."""
+    import torch
+
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no GPU here; leave it out, or give --device cpu.")
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted)
 
 
 def one_cache(

@@ -18,7 +18,7 @@ VERBS = {
     "prep": "prepare data: shards, splits, scenes",
     "cache": "teachers' features, computed once and stored",
     "eval": "measure models by one protocol",
-    "predict": "use a student: class probabilities of images, as CSV or JSON lines",
+    "predict": "use a student: class probabilities of images, or answers to a question, as CSV or JSON lines",
     "index": "build a FAISS index of images, add to it or remove from it",
     "search": "search an index by text or by image",
     "doctor": "check the environment, the devices and models",

@@ -55,9 +55,13 @@ def run(recipe: ModuleType, assignments: Sequence[str]) -> Path:
     from vlkd.engine.classify.run import run_classifier
     from vlkd.engine.classify.settings import ClassifierRun
     from vlkd.engine.run import run_recipe
+    from vlkd.engine.vlm.run import run_vlm
+    from vlkd.engine.vlm.settings import VlmRun
 
-    classifies = isinstance(recipe.config(), ClassifierRun)
-    return (run_classifier if classifies else run_recipe)(recipe, assignments)
+    settings = recipe.config()
+    if isinstance(settings, ClassifierRun):
+        return run_classifier(recipe, assignments)
+    return (run_vlm if isinstance(settings, VlmRun) else run_recipe)(recipe, assignments)
 
 
 def show(settings: object, prefix: str = "") -> None:

@@ -10,14 +10,13 @@ import contextlib
 import re
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from vlkd.data.plan import Coverage
-from vlkd.data.samples import Batch, Sample, SampleSequence
+from vlkd.data.plan import Coverage, Plan
 from vlkd.data.sources import MAX_BAD_SHARE
 from vlkd.errors import UserError
 
@@ -25,6 +24,39 @@ RECENT, MAX_BAD_RECENT = 1000, 100
 """A run ends when of the latest 1,000 samples more than half, and at least 100, cannot be used: a disk is gone, or a
 server, or the data of a small source in a mixture."""
 SHOWN_BAD = 5
+
+
+class Handed(Protocol):
+    """What the stream asks of a batch: keys of its samples, and what was left out, key to reason."""
+
+    @property
+    def keys(self) -> list[str]: ...
+    @property
+    def bad(self) -> dict[str, str]: ...
+
+
+class Rows(Protocol):
+    """What the stream asks of a table."""
+
+    def __len__(self) -> int: ...
+    def fingerprint(self) -> str: ...
+    def prefetch(self, numbers: Iterable[int], /) -> None: ...
+
+
+AnyBatch = TypeVar("AnyBatch", bound=Handed, covariant=True)
+
+
+class Drawn(Protocol[AnyBatch]):
+    """What the stream asks of a sequence: samples by their position, and batches of them."""
+
+    @property
+    def table(self) -> Rows: ...
+    @property
+    def plan(self) -> Plan: ...
+    @property
+    def seed(self) -> int: ...
+    def __getitem__(self, position: int, /) -> Any: ...
+    def collate(self, samples: Any, /) -> AnyBatch: ...
 
 
 class _RankPositions:
@@ -44,7 +76,10 @@ class _RankPositions:
         return len(self.range)
 
 
-class BatchStream:
+Which = TypeVar("Which", bound=Drawn[Handed], covariant=True)
+
+
+class BatchStream(Generic[Which]):
     """The batches of one rank, from wherever the state says; iterating advances the state.
 
     Args:
@@ -61,7 +96,7 @@ class BatchStream:
 
     def __init__(
         self,
-        sequence: SampleSequence,
+        sequence: Which,
         *,
         batch_size: int,
         samples: int,
@@ -99,9 +134,9 @@ class BatchStream:
         """What was drawn so far of each source, or of all together where they have no weights."""
         return self.sequence.plan.coverage(self.position)
 
-    def __iter__(self) -> Iterator[Batch]:
-        loader: DataLoader[Sample] = DataLoader(
-            self.sequence,
+    def __iter__(self: BatchStream[Drawn[AnyBatch]]) -> Iterator[AnyBatch]:
+        loader: DataLoader[Any] = DataLoader(
+            cast("Dataset[Any]", self.sequence),
             batch_sampler=_RankPositions(self.position, self.samples, self.batch_size, self.rank, self.world_size),
             collate_fn=self.sequence.collate,
             num_workers=self.workers,
@@ -135,7 +170,7 @@ class BatchStream:
                 return
             yield shard
 
-    def _count_bad(self, batch: Batch) -> None:
+    def _count_bad(self, batch: Handed) -> None:
         """Name what is left out, and refuse to go on without much of the data or of the latest samples."""
         for key, reason in batch.bad.items():
             if key not in self.bad:

@@ -30,8 +30,18 @@ SMALL_BYTES = 1 << 18
 """Tensors of a batch up to this size travel between processes inside of its message."""
 
 
+class Travelling:
+    """A batch whose small tensors travel from a worker inside of its message."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: _packed(value) for name, value in self.__dict__.items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({name: _unpacked(value) for name, value in state.items()})
+
+
 @dataclass(frozen=True)
-class Batch:
+class Batch(Travelling):
     """One rank's part of a step.
 
     Attributes:
@@ -73,12 +83,6 @@ class Batch:
             own_ids=self.own_ids.to(device),
             inputs=moved,
         )
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: _packed(value) for name, value in self.__dict__.items()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update({name: _unpacked(value) for name, value in state.items()})
 
 
 def _packed(value: Any) -> Any:

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from vlkd.config import override
 from vlkd.data.loader import BatchStream
 from vlkd.data.plan import Plan
+from vlkd.data.samples import SampleSequence
 from vlkd.data.sources import Pairs
 from vlkd.data.table import Table
 from vlkd.distill.teachers import Teacher
@@ -143,7 +144,7 @@ def towers_of(setup: Setup) -> Any:
     return StoredTeacher("towers", setup.student, one_of_each(setup.student, features, setup.accelerator))
 
 
-def stream_of(setup: Setup, online: bool) -> BatchStream:
+def stream_of(setup: Setup, online: bool) -> BatchStream[SampleSequence]:
     """The run's stream; pictures that it would hold in memory are decoded when they are first used."""
     data = setup.config.data
     config = replace(setup.config, data=replace(data, keep_short_side=0))

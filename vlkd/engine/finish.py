@@ -12,6 +12,7 @@ from typing import Any
 from vlkd import __version__
 from vlkd.data.labelled import Labelled, open_labelled
 from vlkd.data.loader import BatchStream
+from vlkd.data.samples import SampleSequence
 from vlkd.data.sources import Pairs, open_pairs, source_name
 from vlkd.engine.loop import SPIKES, Outcome
 from vlkd.engine.results import Entry, evaluate_entry, write_report
@@ -78,7 +79,7 @@ def finish(
     folder: Path,
     outcome: Outcome,
     teachers: dict[str, DualEncoderModule],
-    stream: BatchStream,
+    stream: BatchStream[SampleSequence],
 ) -> None:
     """Export the student, evaluate it beside its teachers and `report.compare`, write results and report."""
     # Everything is evaluated where the compared models are loaded.
@@ -121,7 +122,7 @@ def finish(
     print(f"student: {folder / 'student'}\nreport: {path}", flush=True)
 
 
-def coverage_notes(config: Run, stream: BatchStream) -> list[str]:
+def coverage_notes(config: Run, stream: BatchStream[SampleSequence]) -> list[str]:
     """What was seen of the data, and what could not be used."""
     names = [source_name(ref) for ref in config.data.train] if config.data.weights else ["the data"]
     notes = [

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from vlkd.data.loader import BatchStream
+from vlkd.data.samples import SampleSequence
 from vlkd.distill.distiller import Distiller
 from vlkd.engine.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from vlkd.engine.clock import Clock, CountedTeacher
@@ -55,7 +57,7 @@ class Outcome:
 
 def train(
     distiller: Distiller,
-    stream: BatchStream,
+    stream: BatchStream[SampleSequence],
     weighting: Weighting,
     settings: Train,
     folder: Path,
@@ -174,7 +176,7 @@ def train(
     )
 
 
-def share_left_out(stream: BatchStream) -> None:
+def share_left_out(stream: BatchStream[Any]) -> None:
     """Tell all ranks which samples each of them left out since the last call."""
     for found in every_ranks_text(json.dumps(stream.unshared)):
         stream.bad |= json.loads(found)

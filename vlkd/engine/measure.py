@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from vlkd.data.loader import BatchStream
+from vlkd.data.samples import SampleSequence
 from vlkd.distill.distiller import Distiller
 from vlkd.engine.cache_cost import BuildTimes, build_times
 from vlkd.engine.cost import Host, Memory, Times
@@ -145,7 +146,7 @@ def _build_times(setup: Setup, model: DualEncoderModule, want: frozenset[str], t
 
 
 def _briefs(
-    setup: Setup, stream: BatchStream, batch_size: int, memory: int
+    setup: Setup, stream: BatchStream[SampleSequence], batch_size: int, memory: int
 ) -> tuple[Brief, Brief, Distiller, dict[str, float]]:
     """A few steps of the loop on a small batch and on a larger one, the run's own where time and memory allow; the last
     distiller, and the seconds per image of each teacher beside it."""
@@ -168,7 +169,7 @@ def _briefs(
 
 
 def _steps(
-    setup: Setup, stream: BatchStream, size: int, *, warmup: int, steps: int
+    setup: Setup, stream: BatchStream[SampleSequence], size: int, *, warmup: int, steps: int
 ) -> tuple[Brief, Distiller, dict[str, float]]:
     config, accelerator = setup.config, setup.accelerator
     teachers, towers = teachers_of(setup, setup.online), towers_of(setup)

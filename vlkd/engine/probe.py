@@ -101,10 +101,10 @@ class _EnoughError(Exception):
     pass
 
 
-class _Repeated(BatchStream):
+class _Repeated(BatchStream[SampleSequence]):
     """A stream that gives one batch a few times, then stops the loop around it."""
 
-    def __init__(self, stream: BatchStream, batch: Batch, count: int) -> None:
+    def __init__(self, stream: BatchStream[SampleSequence], batch: Batch, count: int) -> None:
         self.__dict__.update(vars(stream))
         self.batch, self.count = batch, count
         self.batch_size, self.position = len(batch.keys), 0
@@ -136,7 +136,7 @@ class Brief:
 
 def brief(
     distiller: Distiller,
-    stream: BatchStream,
+    stream: BatchStream[SampleSequence],
     batch: Batch,
     weighting: Weighting,
     settings: Train,

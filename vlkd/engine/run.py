@@ -229,7 +229,7 @@ def open_stream(
     teaching: Teaching,
     towers: CachedTeacher | None,
     accelerator: Accelerator,
-) -> BatchStream:
+) -> BatchStream[SampleSequence]:
     """The batches of this rank, prepared for the student and each teacher that runs beside it."""
     consumers: dict[str, Consumer] = {}
     if towers is None:

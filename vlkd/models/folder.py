@@ -25,6 +25,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16}
 KINDS = {
     "vlkd-model": ("a dual encoder", "vlkd.load"),
     "vlkd-classifier": ("a classifier", "vlkd.models.classifier.load_classifier"),
+    "vlkd-vlm": ("a generative model", "vlkd.models.load_generative.load_generative"),
 }
 """The formats of `model.json`, each in words and with the function that reads it."""
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +65,10 @@ class GenerativePreprocessing(TransformersPreprocessing):
     def encode(self, turns: Sequence[Turn], *, image: Image | None = None, key: str = "") -> tuple[Tensor, Tensor]:
         """ids (T,) and labels (T,) of a conversation; see `vlkd.models.label_masks.encode_conversation`."""
         return encode_conversation(self.chat, turns, visual_tokens=self.places_of(image), key=key)
+
+    def pad(self, rows: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        """`ids`, `labels` and `mask` (B, T) of encoded conversations, padding behind them."""
+        return pad_conversations(rows, self.pad_id)
 
     def prompt_ids(self, turns: Sequence[Turn] | str, *, image: Image | None = None) -> Tensor:
         """ids (T,) up to where the answer begins; a string is a question about the picture."""
@@ -161,11 +165,11 @@ class GenerativeVLM(nn.Module):
 
     @abstractmethod
     def is_idle(self, name: str) -> bool:
-        """Whether the parameter of this name has no influence on any logit: layers behind the selected one."""
+        """Whether the parameter of this name has no influence on any logit: what is behind the selected layer."""
 
     @abstractmethod
     def save(self, folder: str | Path) -> None:
-        """Write a standard transformers folder, with the processor."""
+        """Write the model's folder, with the processor, which `load_generative` reads."""
 
     @abstractmethod
     def language_layers(self) -> list[nn.Module]:
@@ -263,13 +267,13 @@ class GenerativeVLM(nn.Module):
         for name, value in self.named_parameters():
             value.requires_grad_(self.part_of(name) in parts and not self.is_idle(name))
 
-    def freeze(self) -> GenerativeVLM:
+    def freeze(self) -> Self:
         """No parameter learns, and the mode stays evaluation whatever a parent module does; gradients pass through."""
         self.frozen = True
         self.requires_grad_(False)
         return self.eval()
 
-    def train(self, mode: bool = True) -> GenerativeVLM:
+    def train(self, mode: bool = True) -> Self:
         """As `nn.Module.train`; a frozen model stays in evaluation mode."""
         super().train(mode and not self.frozen)
         return self

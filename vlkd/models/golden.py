@@ -1,7 +1,8 @@
-"""Golden embeddings: what a model gave for fixed inputs when it was saved, recomputed when it is loaded."""
+"""Golden values: what a model gave for fixed inputs when it was saved, recomputed when it is loaded."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -42,28 +43,44 @@ def golden_embeddings(model: DualEncoderModule) -> dict[str, Tensor]:
 
 def write_golden(model: DualEncoderModule, folder: str | Path) -> None:
     """Write `golden.safetensors` with the embeddings and the versions of the packages that shaped them."""
-    versions = {name: installed_version(name) for name in PACKAGES}
-    save_file(golden_embeddings(model), str(Path(folder) / GOLDEN), metadata=versions)
+    store_golden(golden_embeddings(model), folder)
 
 
 def check_golden(model: DualEncoderModule, folder: str | Path) -> None:
-    """Recompute and compare; a folder without golden embeddings passes.
+    """`compare_golden` of a model's embeddings."""
+    compare_golden(model.name, lambda: golden_embeddings(model), folder)
+
+
+def store_golden(values: Mapping[str, Tensor], folder: str | Path) -> None:
+    """Write `golden.safetensors` with these values, on the CPU, and the versions of the packages that shaped them."""
+    versions = {name: installed_version(name) for name in PACKAGES}
+    save_file(dict(values), str(Path(folder) / GOLDEN), metadata=versions)
+
+
+def compare_golden(model: str, compute: Callable[[], Mapping[str, Tensor]], folder: str | Path) -> None:
+    """Recompute and compare; a folder without golden values passes.
 
     The measure is ||new - old|| / ||old|| per input, refused above 1e-3.
 
+    Args:
+        model: its name, for messages.
+        compute: gives the values anew, called where there are stored ones.
+        folder: the model's.
+
     Raises:
-        UserError: an embedding differs, or the file is damaged; the message names the versions that changed.
+        UserError: a value differs, or the file is damaged; the message names the versions that changed.
     """
     path = Path(folder) / GOLDEN
     if not path.is_file():
         return
+    found = compute()
     try:
         with safe_open(str(path), framework="pt") as file:
-            then = {name: file.get_tensor(name) for name in ("image.embed", "text.embed")}
+            then = {name: file.get_tensor(name) for name in found}
             versions = file.metadata() or {}
     except Exception as error:  # SafetensorError is no subclass of a standard one
         raise UserError(f"{path} is damaged ({error}); fetch or write the model again.") from error
-    for name, now in golden_embeddings(model).items():
+    for name, now in found.items():
         old = then[name]
         worst = float("inf")
         if old.shape == now.shape:
@@ -75,7 +92,7 @@ def check_golden(model: DualEncoderModule, folder: str | Path) -> None:
                 if versions.get(package) != installed_version(package)
             ]
             raise UserError(
-                f"{model.name}: {name} of the golden inputs differs by {worst:.2g} of its length from the saved model, "
+                f"{model}: {name} of the golden inputs differs by {worst:.2g} of its length from the saved model, "
                 f"expected at most {TOLERANCE:g} ({'; '.join(changed) or 'same package versions'}); "
                 "the weights, the preprocessing or a package changed: restore them, or prepare the model again."
             )

@@ -9,12 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlkd.errors import UserError
-from vlkd.features import IMAGE_PLACEHOLDER, Turn
+from vlkd.errors import TooLong, UserError
+from vlkd.features import IGNORED, IMAGE_PLACEHOLDER, Turn
 from vlkd.models.tokenizer import first_line
-
-IGNORED = -100
-"""The label of a position that is no part of an answer."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +109,8 @@ def encode_conversation(
         ids (T,) and labels (T,) int64; labels[t] is ids[t] or -100, not shifted.
 
     Raises:
-        UserError: no answer, an answer without a token, not exactly one picture, or more tokens than the context.
+        UserError: no answer, an answer without a token, not exactly one picture.
+        TooLong: more tokens than the context.
     """
     where = f"The conversation {key!r}" if key else "A conversation"
     if not any(turn.role == "assistant" for turn in turns):
@@ -223,7 +221,7 @@ def _expand(
     long_ids = [*ids[:at], *[chat.image_token_id] * visual_tokens, *ids[at + 1 :]]
     long_labels = [*labels[:at], *[IGNORED] * visual_tokens, *labels[at + 1 :]]
     if chat.context_length and len(long_ids) > chat.context_length:
-        raise UserError(
+        raise TooLong(
             f"{where} has {len(long_ids)} tokens, {visual_tokens} of them for the picture, and {chat.name} takes "
             f"{chat.context_length}; shorten it or leave it out."
         )

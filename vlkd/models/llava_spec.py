@@ -14,13 +14,15 @@ import torch
 from vlkd.errors import UserError
 from vlkd.features import IMAGE_PLACEHOLDER
 from vlkd.models.chat_tokenizer import CHAT_TEMPLATE, train_chat_tokenizer
-from vlkd.models.folder import put_in_place
+from vlkd.models.folder import MODEL_JSON, put_in_place
 from vlkd.models.label_masks import open_chat
 from vlkd.models.tokenizer import first_line
 from vlkd.models.via_llava import load_llava, wrap_llava
 
 VISION = ("clip", "siglip")
 LANGUAGE = ("llama", "qwen2")
+LANGUAGE_FOLDER = "language"
+"""Inside the folder of a model with a timm vision."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +30,9 @@ class LlavaSpec:
     """What to build, in strings and numbers alone.
 
     Args:
-        vision: "clip" or "siglip" at random from the numbers below, or a transformers folder of one with its weights.
+        vision: "clip" or "siglip" at random from the numbers below, a transformers folder of one with its weights, or
+            "timm:NAME", for which of the numbers `image_size` alone is read.
+        vision_weights: for "timm:NAME" safetensors with timm's keys; "" starts at random.
         image_size: pixels of a side; pictures are squashed to it, since a crop could lose what is asked about.
         patch_size: pixels of a visual token's side.
         vision_width: C; Switch-KD needs the teacher's.
@@ -44,11 +48,13 @@ class LlavaSpec:
         context_length: the largest number of tokens, a picture's included.
         tie_embeddings: the output layer is the token embeddings; for "llama" and "qwen2".
         tokenizer: a transformers folder, such as the teacher's, whose tokenizer and chat template are taken; "" takes
-            those of a language folder, or trains one on the given texts.
+            those of a language folder, or trains one on the given texts. Of a folder with a timm vision, here and in
+            `language`, the plain transformers folder inside is meant.
         vocab_size: the largest V of a tokenizer that is trained.
     """
 
     vision: str = "clip"
+    vision_weights: str = ""
     image_size: int = 96
     patch_size: int = 16
     vision_width: int = 256
@@ -79,17 +85,15 @@ def build_llava(spec: LlavaSpec, folder: str | Path, *, texts: Iterable[str] = (
     Raises:
         UserError: the folder is taken, a part cannot be loaded or does not fit, or there are no texts to train on.
     """
-    target = Path(folder).absolute()
-    if target.exists() and (target.is_file() or any(target.iterdir())):
-        raise UserError(f"{folder} exists and is not empty; choose a new folder, or remove it yourself.")
-    for folder_of, known in ((spec.language, LANGUAGE), (spec.tokenizer, ("",))):
-        if folder_of not in known and not Path(folder_of).is_dir():
-            raise UserError(
-                f"Found no folder {folder_of!r}; expected a local transformers folder, or {_listed(known)}."
-            )
+    if spec.vision_weights:
+        raise UserError(
+            f"Found vision_weights for the vision tower {spec.vision!r}, expected timm:NAME beside them; "
+            "a folder has its own weights."
+        )
+    target = check_target(spec, folder)
     vision, images = _vision(spec)
-    tokenizer, template = _tokenizer(spec, texts)
-    language = _language(spec, tokenizer)
+    tokenizer, template = build_tokenizer(spec, texts)
+    language = build_language(spec, tokenizer)
     model = _joined(spec, vision, language, tokenizer)
     wrapped = wrap_llava(str(folder), model, _processor(model, images, tokenizer, template))
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -105,6 +109,25 @@ def build_llava(spec: LlavaSpec, folder: str | Path, *, texts: Iterable[str] = (
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
+
+
+def check_target(spec: LlavaSpec, folder: str | Path) -> Path:
+    """The folder to write; raises `UserError` where it is taken, or one that the spec names is not there."""
+    target = Path(folder).absolute()
+    if target.exists() and (target.is_file() or any(target.iterdir())):
+        raise UserError(f"{folder} exists and is not empty; choose a new folder, or remove it yourself.")
+    for folder_of, known in ((spec.language, LANGUAGE), (spec.tokenizer, ("",))):
+        if folder_of not in known and not Path(folder_of).is_dir():
+            raise UserError(
+                f"Found no folder {folder_of!r}; expected a local transformers folder, or {_listed(known)}."
+            )
+    return target
+
+
+def plain_folder(folder: str) -> str:
+    """The transformers folder of a language model: this one, or the one inside of a folder with a timm vision."""
+    inside = Path(folder) / LANGUAGE_FOLDER
+    return str(inside) if (Path(folder) / MODEL_JSON).is_file() and inside.is_dir() else folder
 
 
 def _vision(spec: LlavaSpec) -> tuple[Any, Any]:
@@ -141,21 +164,26 @@ def _vision(spec: LlavaSpec) -> tuple[Any, Any]:
         crop = {"do_center_crop": False, "crop_size": size} if spec.vision == "clip" else {}
         return kind(config), (CLIPImageProcessor if crop else SiglipImageProcessor)(size=size, **crop)
     family = _family(spec.vision, VISION, "vision tower")
-    tower = _pretrained(kinds[family][1], spec.vision, "vision tower")
+    tower = open_pretrained(kinds[family][1], spec.vision, "vision tower")
     try:
         return tower, AutoImageProcessor.from_pretrained(spec.vision, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(f"Found no image processor in {spec.vision} ({first_line(error)}); add its file.") from error
 
 
-def _language(spec: LlavaSpec, tokenizer: Any) -> Any:
-    """The causal language model, its embeddings at least as many as the tokenizer's ids."""
+def build_language(spec: LlavaSpec, tokenizer: Any) -> Any:
+    """The causal language model, its embeddings at least as many as the tokenizer's ids.
+
+    Raises:
+        UserError: its folder cannot be loaded, or the widths do not fit.
+    """
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
     kinds = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
     if spec.language not in kinds:
-        _family(spec.language, (), "language model")
-        model = _pretrained(AutoModelForCausalLM, spec.language, "language model")
+        source = plain_folder(spec.language)
+        _family(source, (), "language model")
+        model = open_pretrained(AutoModelForCausalLM, source, "language model")
         # Published embeddings are often padded beyond the tokenizer: they keep their rows.
         if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
             model.resize_token_embeddings(len(tokenizer))
@@ -179,13 +207,18 @@ def _language(spec: LlavaSpec, tokenizer: Any) -> Any:
     return kind(config)
 
 
-def _tokenizer(spec: LlavaSpec, texts: Iterable[str]) -> tuple[Any, str]:
-    """The tokenizer, with `<image>` and padding, and its chat template."""
+def build_tokenizer(spec: LlavaSpec, texts: Iterable[str]) -> tuple[Any, str]:
+    """The tokenizer, with `<image>` and padding, and its chat template.
+
+    Raises:
+        UserError: its folder has none, or there are no texts to train one on.
+    """
     from transformers import AutoTokenizer
 
     source = spec.tokenizer or ("" if spec.language in LANGUAGE else spec.language)
     if not source:
         return train_chat_tokenizer(texts, vocab_size=spec.vocab_size), CHAT_TEMPLATE
+    source = plain_folder(source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -265,8 +298,12 @@ def _processor(model: Any, images: Any, tokenizer: Any, template: str) -> Any:
     return processor
 
 
-def _pretrained(kind: Any, folder: str, what: str) -> Any:
-    """The weights of a local folder, in float32."""
+def open_pretrained(kind: Any, folder: str, what: str) -> Any:
+    """The model of a local folder with its weights, in float32.
+
+    Raises:
+        UserError: it cannot be read, or its weights are pickled or incomplete.
+    """
     try:
         model, info = kind.from_pretrained(
             folder, use_safetensors=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
@@ -287,7 +324,7 @@ def _family(folder: str, known: tuple[str, ...], what: str) -> str:
     from transformers import AutoConfig
 
     if not (Path(folder) / "config.json").is_file():
-        names = _listed(VISION if known else LANGUAGE)
+        names = _listed((*VISION, "timm:NAME") if known else LANGUAGE)
         raise UserError(f"Found the {what} {folder!r}, expected {names}, or a transformers folder with config.json.")
     try:
         found = str(AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +94,7 @@ class LlavaVLM(GenerativeVLM):
         return int(block[1]) >= used if block else bool(re.search(r"(^|\.)(post_layernorm|head)\.", rest))
 
     def language_layers(self) -> list[nn.Module]:
-        from transformers.modeling_layers import GradientCheckpointingLayer
-
-        layers = self.model.model.language_model.modules()
-        return [layer for layer in layers if isinstance(layer, GradientCheckpointingLayer)]
+        return checkpointed_layers(self.model.model.language_model)
 
     def save(self, folder: str | Path) -> None:
         self.model.save_pretrained(str(folder))
@@ -183,7 +181,7 @@ def load_llava(ref: str | Path, *, device: str | torch.device = "cpu") -> LlavaV
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])
         raise UserError(f"The weights of {ref!r} lack {missing}; expected those of its config.json, fetch them again.")
-    return wrap_llava(ref, model.eval(), processor).to(device)
+    return wrap_llava(ref, model, processor).eval().to(device)
 
 
 def wrap_llava(name: str, model: Any, processor: Any) -> LlavaVLM:
@@ -196,29 +194,56 @@ def wrap_llava(name: str, model: Any, processor: Any) -> LlavaVLM:
     """
     if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:
         raise UserError(f"{name} has no processor of pictures and texts; add its processor_config.json and tokenizer.")
-    context = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 0)
-    chat = open_chat(name, processor, image_token_id=int(model.config.image_token_id), context_length=context)
     tiled = model.config.model_type == "llava_next"
-    size = _pixel_size(processor)
+    preprocessing, stop_ids = prepare(name, model, processor, image_token_id=int(model.config.image_token_id))
+    if not tiled:
+        count = _visual_tokens(name, model, processor, preprocessing.image_size)
+        preprocessing = replace(preprocessing, visual_tokens=count)
+    kind = LlavaNextVLM if tiled else LlavaVLM
+    return kind(name=name, model=model, preprocessing=preprocessing, stop_ids=stop_ids)
+
+
+def prepare(
+    name: str, model: Any, processor: Any, *, image_token_id: int
+) -> tuple[GenerativePreprocessing, tuple[int, ...]]:
+    """How a model of transformers prepares its input, `visual_tokens` yet 0, and the ids that end an answer.
+
+    Args:
+        name: for messages.
+        model: whatever generates; its generation settings are replaced by plain greedy ones.
+        processor: of pictures and texts.
+        image_token_id: the id where the picture stands.
+
+    Raises:
+        UserError: see `vlkd.models.label_masks.open_chat`.
+    """
+    from transformers import GenerationConfig
+
+    context = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 0)
+    chat = open_chat(name, processor, image_token_id=image_token_id, context_length=context)
     tokenizer = processor.tokenizer
     stop_ids = _stop_ids(model, chat)
     pad_id = stop_ids[0] if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
     preprocessing = GenerativePreprocessing(
-        image_size=size,
+        image_size=_pixel_size(processor),
         context_length=context,
         processor=processor.image_processor,
         tokenizer=TransformersTokenizer(tokenizer),
         chat=chat,
         pad_id=pad_id,
-        visual_tokens=0 if tiled else _visual_tokens(name, model, processor, size),
+        visual_tokens=0,
     )
-    from transformers import GenerationConfig
-
     model.generation_config = GenerationConfig(
         eos_token_id=list(stop_ids), pad_token_id=pad_id, bos_token_id=tokenizer.bos_token_id
     )
-    kind = LlavaNextVLM if tiled else LlavaVLM
-    return kind(name=name, model=model, preprocessing=preprocessing, stop_ids=stop_ids)
+    return preprocessing, stop_ids
+
+
+def checkpointed_layers(language_model: nn.Module) -> list[nn.Module]:
+    """The blocks of a transformers language model, in order."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [layer for layer in language_model.modules() if isinstance(layer, GradientCheckpointingLayer)]
 
 
 def _source(ref: str) -> str:

@@ -20,7 +20,7 @@ from vlkd.objectives.embedding import embedding_cosine, embedding_mse
 from vlkd.objectives.kneedle import kneedle_k
 from vlkd.objectives.matching import hard_negatives, image_text_matching
 from vlkd.objectives.relational import neighbour_kl, relational_kl
-from vlkd.objectives.token_logits import sparse_kl, taid_kl, taid_target, token_kl
+from vlkd.objectives.token_logits import taid_kl, taid_target, token_cross_entropy, token_kl
 from vlkd.objectives.visual_tokens import relation_loss, visual_feature_matching
 
 __all__ = [
@@ -41,9 +41,9 @@ __all__ = [
     "relation_loss",
     "relational_kl",
     "siglip",
-    "sparse_kl",
     "taid_kl",
     "taid_target",
+    "token_cross_entropy",
     "token_kl",
     "visual_feature_matching",
 ]

@@ -1,8 +1,8 @@
 r"""Answer tokens: a student's distribution over the vocabulary against a teacher's, position by position.
 
-Letters: A answer tokens, all answer positions of the batch in one list; V vocabulary; K the entries of a sparse
-target. Which positions are answers, and their mean, are the caller's. Beside the logits, every loss takes memory for
-one chunk of positions, in backward, too (`vlkd.objectives.chunks`).
+Letters: A answer tokens, all answer positions of the batch in one list; V vocabulary. Which positions are answers, and
+their mean, are the caller's. Beside the logits, every loss takes memory for one chunk of positions, in backward, too
+(`vlkd.objectives.chunks`).
 
 An entry that is -inf on either side, as vocabulary masked by hand, is left out of both distributions.
 """
@@ -14,9 +14,39 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from vlkd.errors import UserError
 from vlkd.objectives.chunks import by_chunks, check_chunk, check_logits, check_tau, shared_vocabulary, wide
+
+
+def token_cross_entropy(logits_AV: Tensor, targets_A: Tensor, *, chunk: int = 64) -> Tensor:
+    r"""Cross entropy of the next-token distribution with the answer's token: (A,).
+
+    .. math:: \ell_a = -\log\mathrm{softmax}(s_a)_{y_a}
+
+    The same number as `cross_entropy`, in memory for one chunk of positions.
+
+    Args:
+        logits_AV: s, the student's logits, (A, V).
+        targets_A: y, the tokens, int64 in [0, V), (A,).
+        chunk: positions at a time.
+
+    Raises:
+        UserError: the shapes do not fit, a token lies outside [0, V), or chunk is not above 0.
+    """
+    check_chunk(chunk, "token_cross_entropy")
+    if logits_AV.ndim != 2 or targets_A.shape != logits_AV.shape[:1] or targets_A.dtype != torch.int64:
+        raise UserError(
+            f"token_cross_entropy: found logits {tuple(logits_AV.shape)} and tokens {tuple(targets_A.shape)} of "
+            f"{targets_A.dtype}; expected (A, V) and (A,) of torch.int64."
+        )
+    if ((targets_A < 0) | (targets_A >= logits_AV.shape[1])).any():
+        raise UserError(
+            f"token_cross_entropy: the tokens run from {targets_A.min().item()} to {targets_A.max().item()}, expected "
+            f"0 to {logits_AV.shape[1] - 1}; take the answer positions alone, and this model's own tokenizer."
+        )
+    return by_chunks(_token_cross_entropy, logits_AV, targets_A, chunk=chunk)
 
 
 def token_kl(teacher_AV: Tensor, student_AV: Tensor, *, tau: float, reverse: bool = False, chunk: int = 64) -> Tensor:
@@ -90,37 +120,8 @@ def taid_kl(teacher_AV: Tensor, student_AV: Tensor, *, t: float, chunk: int = 64
     return by_chunks(partial(_taid_kl, t=t), student_AV, teacher_AV, chunk=chunk)
 
 
-def sparse_kl(
-    indices_AK: Tensor, values_AK: Tensor, rest_A: Tensor, student_AV: Tensor, *, tau: float, chunk: int = 64
-) -> Tensor:
-    r"""KL from a teacher of whom K tokens per position are kept and all others stand together as one: (A,).
-
-    .. math::
-        \ell_a = \tau^2\, \mathrm{KL}\big(\mathrm{softmax}(u_a / \tau) \,\Vert\, \mathrm{softmax}(w_a / \tau)\big), \\
-        u = (\log p_{i_1}, \dots, \log p_{i_K}, \log r), \quad
-        w = \Big(s_{i_1}, \dots, s_{i_K}, \log \sum_{v \notin I} e^{s_v}\Big)
-
-    The student's other tokens are summed as the teacher's were, so the loss is zero where the kept ones and the rest
-    agree. At tau = 1 it is never above `token_kl`, and equals it when K = V, there at any tau. Otherwise a
-    temperature acts on the K + 1 classes *after* the sum, on both sides: the cache no longer knows how the rest would
-    spread. How the rest is spread within the student is left free.
-
-    Args:
-        indices_AK: I, the kept tokens of each position, distinct, integers in [0, V), (A, K).
-        values_AK: log p, the teacher's log probabilities of them at temperature 1, (A, K); constant.
-        rest_A: r, the teacher's probability of all other tokens together, between 0 and 1, (A,); constant.
-        student_AV: s, the student's logits of the same positions, (A, V).
-        tau: the temperature, above 0.
-        chunk: positions at a time.
-
-    Raises:
-        UserError: the shapes do not fit, an index lies outside [0, V), a rest outside [0, 1], or tau or chunk is
-            not above 0.
-    """
-    check_tau(tau, "sparse_kl")
-    check_chunk(chunk, "sparse_kl")
-    _check_sparse(indices_AK, values_AK, rest_A, student_AV)
-    return by_chunks(partial(_sparse_kl, tau=tau), student_AV, indices_AK.long(), values_AK, rest_A, chunk=chunk)
+def _token_cross_entropy(logits_AV: Tensor, targets_A: Tensor) -> Tensor:
+    return functional.cross_entropy(wide(logits_AV), targets_A, reduction="none")
 
 
 def _token_kl(student_AV: Tensor, teacher_AV: Tensor, *, tau: float, reverse: bool) -> Tensor:
@@ -142,18 +143,6 @@ def _taid_kl(student_AV: Tensor, teacher_AV: Tensor, *, t: float) -> Tensor:
     return _kl(target_AV, wide(student_AV).masked_fill(masked_AV, -math.inf), masked_AV)
 
 
-def _sparse_kl(student_AV: Tensor, indices_AK: Tensor, values_AK: Tensor, rest_A: Tensor, *, tau: float) -> Tensor:
-    student_AV = wide(student_AV)
-    others_AV = student_AV.scatter(1, indices_AK, -math.inf)
-    # Without others the logarithm of their sum is -inf, and its gradient would be NaN.
-    none_A = (others_AV == -math.inf).all(dim=1, keepdim=True)
-    others_A = others_AV.masked_fill(none_A, 0).logsumexp(dim=1, keepdim=True).masked_fill(none_A, -math.inf)
-    student_AJ = torch.cat([student_AV.gather(1, indices_AK), others_A], dim=1)
-    teacher_AJ = torch.cat([wide(values_AK), wide(rest_A).log()[:, None]], dim=1).to(student_AJ.dtype)
-    masked_AJ = student_AJ == -math.inf
-    return tau**2 * _kl(teacher_AJ.masked_fill(masked_AJ, -math.inf) / tau, student_AJ / tau, masked_AJ)
-
-
 def _kl(left_AV: Tensor, right_AV: Tensor, masked_AV: Tensor) -> Tensor:
     """KL(softmax of left || softmax of right) of logits that are -inf at the masked entries, which give zero: (A,)."""
     left_AV, right_AV = left_AV.log_softmax(dim=1), right_AV.log_softmax(dim=1).masked_fill(masked_AV, 0)
@@ -166,24 +155,3 @@ def _kl(left_AV: Tensor, right_AV: Tensor, masked_AV: Tensor) -> Tensor:
 def _check_share(t: float, objective: str) -> None:
     if not 0 <= t <= 1:
         raise UserError(f"{objective}: found the teacher's share t {t}, expected a number between 0 and 1.")
-
-
-def _check_sparse(indices_AK: Tensor, values_AK: Tensor, rest_A: Tensor, student_AV: Tensor) -> None:
-    shapes = [tuple(tensor.shape) for tensor in (indices_AK, values_AK, rest_A, student_AV)]
-    whole = indices_AK.dtype in (torch.int64, torch.int32, torch.int16)
-    fit = student_AV.ndim == indices_AK.ndim == 2 and shapes[0] == shapes[1] and rest_A.ndim == 1
-    if not (whole and fit and shapes[0][0] == shapes[2][0] == shapes[3][0] and 1 <= shapes[0][1] <= shapes[3][1]):
-        raise UserError(
-            f"sparse_kl: found indices {shapes[0]} of {indices_AK.dtype}, values {shapes[1]}, rest {shapes[2]} and "
-            f"student logits {shapes[3]}; expected (A, K) integers, (A, K), (A,) and (A, V) with K from 1 to V."
-        )
-    if ((indices_AK < 0) | (indices_AK >= shapes[3][1])).any():
-        raise UserError(
-            f"sparse_kl: the kept tokens run from {indices_AK.min().item()} to {indices_AK.max().item()}, expected "
-            f"0 to {shapes[3][1] - 1}; the targets were cached for another vocabulary."
-        )
-    if not ((rest_A >= 0) & (rest_A <= 1)).all():
-        raise UserError(
-            f"sparse_kl: the rest runs from {rest_A.min().item()} to {rest_A.max().item()}, expected a probability, "
-            "0 to 1; clamp what rounding left below 0 when caching."
-        )

@@ -39,6 +39,16 @@ def _plain(meaning: str, *, lower: bool = False) -> MetricWords:
 
 # The first pattern that is found in the whole name counts.
 _KNOWN: tuple[tuple[str, MetricWords], ...] = (
+    (r"answer_accuracy|choice_accuracy|yes_no_accuracy", _share("share of questions answered right")),
+    (r"exact_match", _share("share of answers that equal the truth once both are normalised")),
+    (r"commonest_answer", _share("accuracy of one who knows the commonest answer of each kind, and no picture")),
+    (r"yes_no_precision", _share("share of answers of yes whose truth is yes")),
+    (r"yes_no_recall", _share("share of truths of yes that are answered so")),
+    (r"yes_no_yes_ratio", _share("share of yes among the answers of yes or no")),
+    (
+        r"parse_failures|(yes_no|choice)_unparsed",
+        MetricWords(meaning="share of answers that are none of what was asked for", lower_is_better=True),
+    ),
     (r"acc1|accuracy|top1", _share("share of images whose best-scoring class is the right one")),
     (
         r"acc1_(label|teacher)_head",

@@ -17,6 +17,7 @@ from vlkd.config import to_json
 from vlkd.data.labelled import Labelled
 from vlkd.data.loader import BatchStream
 from vlkd.data.pool import LabelledPool
+from vlkd.data.samples import SampleSequence
 from vlkd.engine.classify.compute import compute, compute_words
 from vlkd.engine.classify.embedded import embedded
 from vlkd.engine.classify.loop import STUDENT, Outcome
@@ -56,7 +57,7 @@ def finish(
     outcome: Outcome,
     pool: LabelledPool,
     teaching: Teaching | None,
-    streams: Mapping[str, BatchStream],
+    streams: Mapping[str, BatchStream[SampleSequence]],
 ) -> None:
     """Evaluate the chosen student beside its heads, its teacher and `report.compare`; write results and report."""
     student = load_classifier(folder / STUDENT)
@@ -199,7 +200,7 @@ def chosen_words(config: ClassifierRun, outcome: Outcome, *, tuned: bool) -> str
     )
 
 
-def coverage_words(stream: BatchStream) -> str:
+def coverage_words(stream: BatchStream[SampleSequence]) -> str:
     """How often a part was passed."""
     (part,) = stream.coverage()
     return f"{part.distinct} of {part.rows} images were drawn, in {part.epochs:.2f} passes."

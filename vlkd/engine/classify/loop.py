@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from vlkd.data.loader import BatchStream
+from vlkd.data.samples import SampleSequence
 from vlkd.distill.class_distiller import ClassDistiller
 from vlkd.engine.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from vlkd.engine.classify.settings import ClassifierTrain
@@ -50,7 +51,7 @@ class Outcome:
 
 def train(
     distiller: ClassDistiller,
-    streams: Mapping[str, BatchStream],
+    streams: Mapping[str, BatchStream[SampleSequence]],
     settings: ClassifierTrain,
     folder: Path,
     accelerator: Accelerator,

@@ -129,7 +129,7 @@ def open_streams(
     terms: Sequence[ClassTerm],
     teaching: Teaching | None,
     accelerator: Accelerator,
-) -> Mapping[str, BatchStream]:
+) -> Mapping[str, BatchStream[SampleSequence]]:
     """The batches of this rank, one stream for each part that the terms read, each with epochs of its own.
 
     The pool holds the labelled images, too. With both parts each has half of the batch; neither ends before the run.
@@ -162,7 +162,7 @@ def open_streams(
         "labelled": SubsetPlan(pool.labelled, seed=config.seed),
         "pool": Plan([[len(pool.pairs)]], seed=config.seed),
     }
-    streams: dict[str, BatchStream] = {}
+    streams: dict[str, BatchStream[SampleSequence]] = {}
     for part in parts:
         sequence = SampleSequence(
             pool.pairs,

@@ -1,0 +1,167 @@
+"""Switch-KD's evidence: methods by seeds at equal student samples, accuracy per kind of question, and the cost of each.
+
+    python scripts/evidence_vlm.py --teacher runs/teacher/student --out runs/evidence_vlm --jobs 2 \\
+        --set data.train=vqa/train data.val=vqa/val data.test=vqa/test distilled.samples=30000
+
+`--set` passes settings of `vlkd train switch_kd` on to every run. Each run has a process of its own and a log beside
+its folder. Finished runs are kept and others continued, so the same command goes on where it stopped; what fails is listed
+at the end and stops nothing. The table has means over seeds with Student's 95 % intervals, and the differences from
+answers alone, paired by seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+from vlkd.metrics.seeds import t_interval
+
+ALONE = "answers"
+METHODS = {
+    ALONE: ["method.align=0", "method.switch=0"],
+    "token-kl": ["method.switch=0", "method.match=kl"],
+    "align": ["method.switch=0"],
+    "switch": ["method.align=0"],
+    "switch-kd": [],
+    "reverse-kl": ["method.switch=0", "method.match=reverse_kl"],
+    "taid": ["method.switch=0", "method.match=taid"],
+    "bild": ["method.switch=0", "method.k=8", "method.reverse=false"],
+    "visual": ["method.align=0", "method.switch=0", "method.visual=1"],
+    "relation": ["method.align=0", "method.switch=0", "method.relation=1"],
+}
+CHOSEN = (ALONE, "token-kl", "align", "switch", "switch-kd")
+
+
+def main() -> None:
+    """Run what is missing, then print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", required=True, metavar="REF")
+    parser.add_argument("--out", type=Path, default=Path("runs/evidence_vlm"))
+    parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(CHOSEN), metavar="METHOD",
+                        help=", ".join(METHODS))  # fmt: skip
+    parser.add_argument("--seeds", type=int, default=5, help="how many, from 0")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--threads", type=int, default=1, help="of each run")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="settings")
+    args = parser.parse_args()
+    if min(args.seeds, args.jobs, args.threads) < 1:
+        parser.error("--seeds, --jobs and --threads must be 1 or more")
+    args.out.mkdir(parents=True, exist_ok=True)
+    jobs = [(method, seed) for seed in range(args.seeds) for method in args.methods]
+    problems = run_all(args, jobs)
+    found: dict[str, list[dict]] = {}
+    for method, seed in jobs:
+        if (method, seed) not in problems:
+            found.setdefault(method, []).append(rows_of(args.out / f"{method}-{seed}"))
+    if found:
+        print_tables(found)
+    for (method, seed), problem in problems.items():
+        print(f"failed: {method}-{seed}: {problem}")
+    if problems:
+        raise SystemExit(f"{len(problems)} of {len(jobs)} runs failed; mend what their logs say and run this again.")
+
+
+def run_all(args: argparse.Namespace, jobs: Sequence[tuple[str, int]]) -> dict[tuple[str, int], str]:
+    """Run the jobs, `args.jobs` at a time; the problems of those that failed."""
+    problems: dict[tuple[str, int], str] = {}
+    spent: list[float] = []
+    pool = ThreadPoolExecutor(args.jobs)
+    try:
+        running = {pool.submit(run, args, *job): job for job in jobs}
+        for number, future in enumerate(as_completed(running), 1):
+            job = running[future]
+            seconds, problem = future.result()
+            spent += [seconds] if seconds and not problem else []
+            if problem:
+                problems[job] = problem
+            left = (len(jobs) - number) * sum(spent) / max(1, len(spent)) / args.jobs / 60
+            told = problem or (f"{seconds:.0f} s" if seconds else "kept")
+            print(f"[{number}/{len(jobs)}] {job[0]}-{job[1]}: {told}; about {left:.0f} min left", flush=True)
+    finally:
+        # After an interrupt nothing new begins.
+        pool.shutdown(cancel_futures=True)
+    return problems
+
+
+def run(args: argparse.Namespace, method: str, seed: int) -> tuple[float, str]:
+    """One training run in a process of its own: its seconds, 0 for one that was there, and what went wrong."""
+    out = args.out / f"{method}-{seed}"
+    words = ["train", "switch_kd", *args.settings, *METHODS[method], f"teacher.ref={args.teacher}", f"seed={seed}"]
+    noted = out.with_name(out.name + ".command")
+    if (out / "results.jsonl").is_file():
+        same = noted.is_file() and noted.read_text().split("\n") == words
+        return 0.0, "" if same else f"it was run with other settings, see {noted}; remove it or give another --out"
+    noted.write_text("\n".join(words))
+    started = time.perf_counter()
+    log = out.with_name(out.name + ".log")
+    with log.open("a") as file:
+        code = subprocess.run(
+            [sys.executable, "-m", "vlkd.cli.main", *words, f"out={out}"],
+            env=os.environ | {"OMP_NUM_THREADS": str(args.threads)},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            check=False,
+        ).returncode
+    last = log.read_text(errors="replace").strip().splitlines()[-1:]
+    return time.perf_counter() - started, f"exit code {code}, {' '.join(last)[:300]}" if code else ""
+
+
+def rows_of(folder: Path) -> dict[str, dict]:
+    """The student's and the teacher's figures on the last split, by role."""
+    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    return {row["role"]: row for row in rows if row["split"] == rows[-1]["split"]}
+
+
+def print_tables(found: Mapping[str, Sequence[Mapping[str, dict]]]) -> None:
+    """Markdown: accuracy overall and per kind, differences from answers alone, cost."""
+    first = next(iter(found.values()))[0]["student"]
+    kinds = list(first["per_kind"])
+    print(f"\n{first['counts']['questions']} questions of {first['split']}, {first['samples']} conversations\n")
+    print(f"| method | all | less answers alone | {' | '.join(kinds)} | not parsed |")
+    print("|---|" + "---|" * (len(kinds) + 3))
+    teacher = next((one["teacher"] for seeds in found.values() for one in seeds if "teacher" in one), None)
+    if teacher:
+        cells = [percent([value]) for value in figures(teacher, kinds)]
+        print(f"| teacher, {teacher['parameters'] / 1e6:.1f} M | {cells[0]} | | {' | '.join(cells[1:])} |")
+    base = found.get(ALONE)
+    for method, seeds in found.items():
+        own = [figures(one["student"], kinds) for one in seeds]
+        cells = [percent(values) for values in zip(*own, strict=True)]
+        against = "" if base is None or seeds is base else difference(seeds, base)
+        print(f"| {method} | {cells[0]} | {against} | {' | '.join(cells[1:])} |")
+    print("\n| method | seconds | TFLOP | conversations a second |\n|---|---|---|---|")
+    for method, seeds in found.items():
+        rows = [one["student"] for one in seeds]
+        seconds = sum(row["seconds"] for row in rows) / len(rows)
+        print(f"| {method} | {seconds:.0f} | {rows[0]['tflop']:.1f} | {rows[0]['samples'] / seconds:.1f} |")
+
+
+def figures(row: Mapping, kinds: Sequence[str]) -> list[float]:
+    """All questions, each kind, not parsed."""
+    return [row["accuracy"], *(row["per_kind"][kind]["accuracy"] for kind in kinds), row["metrics"]["parse_failures"]]
+
+
+def difference(ours: Sequence[Mapping[str, dict]], theirs: Sequence[Mapping[str, dict]]) -> str:
+    """Mean difference of the seeds that both have."""
+    base = {one["student"]["seed"]: one["student"]["accuracy"] for one in theirs}
+    values = [one["student"]["accuracy"] - base[one["student"]["seed"]] for one in ours
+              if one["student"]["seed"] in base]  # fmt: skip
+    return percent(values, sign="+")
+
+
+def percent(values: Sequence[float], *, sign: str = "") -> str:
+    """Mean [95 % interval over seeds]."""
+    text = f"{100 * sum(values) / len(values):{sign}.1f}"
+    interval = t_interval(values)
+    return text if interval is None else f"{text} [{100 * interval[0]:{sign}.1f}, {100 * interval[1]:{sign}.1f}]"
+
+
+if __name__ == "__main__":
+    main()

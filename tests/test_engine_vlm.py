@@ -1,0 +1,244 @@
+"""Runs of generative models: one loss whatever the ranks and micro batches, stages, resume, refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.tiny_conversations import colour_batch
+from helpers.vlm_ranks import NAMES, opened, run_vlm_rank, vlm_step, write_models
+from safetensors.torch import load_file
+
+from vlkd import recipes
+from vlkd.cli.main import main
+from vlkd.config import override
+from vlkd.data.conversation_sequence import ConversationBatch
+from vlkd.engine.vlm import loop
+from vlkd.engine.vlm.smoke import MODEL, shrink_to_smoke
+from vlkd.engine.vlm.stages import wanted_stages
+from vlkd.engine.vlm.step import parts_of
+from vlkd.errors import UserError
+from vlkd.models.label_masks import answer_positions
+from vlkd.models.llava_spec import LlavaSpec
+from vlkd.models.load_generative import build_vlm, load_generative
+from vlkd.models.via_llava import load_llava
+
+TAUGHT = "teacher.ref=x"
+VARIANTS = {
+    "stages": ("vlm", "projector.samples=1"),
+    "alone": ("switch_kd", TAUGHT, "method.align=0", "method.switch=0"),
+    "kl": ("switch_kd", TAUGHT, "method.switch=0", "method.match=kl", "train.checkpointing=true"),
+    "reverse": ("switch_kd", TAUGHT, "method.switch=0", "method.match=reverse_kl", "train.micro_batch=5"),
+    "taid": ("switch_kd", TAUGHT, "method.switch=0", "method.match=taid", "data.window=0"),
+    "visual": ("switch_kd", TAUGHT, "method.align=0", "method.switch=0", "method.visual=1", "method.relation=1"),
+    "three": ("switch_kd", TAUGHT, "projector.samples=1", "supervised.samples=1"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def refused(capsys, *words: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    (sentence,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("vlkd: ")]
+    return sentence
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    write_models(folder)
+    return folder
+
+
+@pytest.mark.parametrize("micro_batch", [1, 4, 6])
+def test_micro_batches_make_the_gradient_of_the_whole_batch(models, micro_batch):
+    distiller = opened(models).eval()
+    whole = vlm_step(distiller, NAMES)
+    parts = vlm_step(distiller, NAMES, micro_batch=micro_batch)
+    assert whole.keys() == parts.keys()
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_two_ranks_make_the_gradient_of_one(models):
+    torch.multiprocessing.spawn(run_vlm_rank, (models,), nprocs=2)
+    alone = vlm_step(opened(models).eval(), NAMES)
+    for rank in range(2):
+        found = load_file(models / f"rank-{rank}.safetensors")
+        for mode in ("split", "one empty"):
+            for name, value in alone.items():
+                torch.testing.assert_close(found[f"{mode}/{name}"], value, rtol=1e-4, atol=1e-6, msg=f"{mode} {name}")
+
+
+def test_parts_keep_each_conversations_own_answers(models):
+    student = load_generative(models / "student")
+    whole = colour_batch(NAMES, student=student)
+    labels = whole.inputs["student"]["labels"]
+    answers = answer_positions(labels).sum(dim=1)
+    stored = torch.arange(len(NAMES)).repeat_interleave(answers)
+    batch = ConversationBatch(**(vars(whole) | {"stored": {"values": stored}}))
+    seen = []
+    for part in parts_of(batch, 4):
+        own = part.inputs["student"]
+        assert own["mask"].any(dim=0).all(), "nothing but padding is left in a column"
+        rows = answer_positions(own["labels"]).nonzero()[:, 0] + len(seen)
+        assert part.stored["values"].tolist() == rows.tolist()
+        seen += part.keys
+    assert seen == batch.keys
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_runs_and_leaves_a_student(tmp_path, variant):
+    recipe, *words = VARIANTS[variant]
+    out = tmp_path / "run"
+    main(["train", recipe, "smoke=true", *words, f"out={out}"])
+    steps = [row for row in lines(out / "metrics.jsonl") if "loss" in row]
+    stages = sum("samples=1" in word for word in words) + 1
+    assert [row["step"] for row in steps] == list(range(1, 3 * stages + 1))
+    terms = {name.removeprefix("loss/") for row in steps[-1:] for name in row if name.startswith("loss/")}
+    expected = {"alone": set(), "stages": set(), "visual": {"visual", "relation"}, "three": {"align", "switch"}}
+    assert terms == {"answers"} | expected.get(variant, {"align"})
+    rows = lines(out / "results.jsonl")
+    assert [row["role"] for row in rows] == (["student"] if recipe == "vlm" else ["student", "teacher"])
+    assert rows[0]["tflop"] > 0
+    assert len(rows[0]["stages"]) == stages
+    assert len(lines(out / "answers-val.jsonl")) == rows[0]["counts"]["questions"]
+    assert (out / "report.html").read_text().rstrip().endswith("</html>")
+    load_llava(out / "student")
+
+
+def test_a_projector_stage_moves_nothing_else(tmp_path):
+    out = tmp_path / "run"
+    main(["train", "vlm", "smoke=true", "projector.samples=1", "supervised.samples=0", f"out={out}"])
+    before, after = (load_file(out / name / "model.safetensors") for name in ("start", "student"))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in before if "multi_modal_projector" in name}
+
+
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
+    words = ["train", "switch_kd", "smoke=true", TAUGHT, "supervised.samples=1", "train.save_steps=1"]
+    main([*words, f"out={tmp_path / 'whole'}"])
+
+    class Killed(Exception):
+        pass
+
+    calls = 0
+    plain = loop.backward_step
+
+    def dying(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls in (3, 7):
+            raise Killed
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "backward_step", dying)
+    for _ in range(2):
+        with pytest.raises(Killed):
+            main([*words, f"out={tmp_path / 'killed'}"])
+    main([*words, f"out={tmp_path / 'killed'}"])
+    whole, killed = (load_file(tmp_path / name / "student" / "model.safetensors") for name in ("whole", "killed"))
+    assert all(torch.equal(whole[key], killed[key]) for key in whole)
+    steps = [[row["loss"] for row in lines(tmp_path / name / "metrics.jsonl") if "loss" in row]
+             for name in ("whole", "killed")]  # fmt: skip
+    assert steps[0] == steps[1]
+    first, second = (lines(tmp_path / name / "results.jsonl")[0] for name in ("whole", "killed"))
+    assert first["stages"].keys() == second["stages"].keys()
+    assert first["tflop"] == second["tflop"]
+
+
+def test_a_student_takes_the_teachers_tokenizer(tmp_path):
+    out = tmp_path / "run"
+    main(["train", "switch_kd", "smoke=true", TAUGHT, f"out={out}"])
+    student, teacher = (load_generative(place) for place in (out / "student", tmp_path / "run-smoke-data" / "teacher"))
+    assert student.tokenizer.get_vocab() == teacher.tokenizer.get_vocab()
+
+
+def config_of(tmp_path: Path, *words: str) -> list[str]:
+    """Assignments of a small real run, on the smoke run's data and model."""
+    recipe = recipes.load(recipes.find("tasks", "switch_kd"))
+    small = shrink_to_smoke(override(recipe.config(), [TAUGHT, f"out={tmp_path / 'made'}"]))
+    sizes = ["image_size", "patch_size", "vision_width", "vision_layers", "vision_heads", "language_width",
+             "language_layers", "language_heads", "context_length"]  # fmt: skip
+    model = [f"model.{name}={getattr(MODEL, name)}" for name in sizes]
+    return [
+        "train", "switch_kd", f"data.train={small.data.train[0]}", f"teacher.ref={small.teacher.ref}", *model,
+        "distilled.samples=32", "distilled.batch_size=16", f"out={tmp_path / 'run'}", *words,
+    ]  # fmt: skip
+
+
+REFUSALS = {
+    "vision": (["distilled.parts=projector,language"], "teaches the vision tower alone"),
+    "part": (["distilled.parts=eyes"], "expected some of vision, projector, language"),
+    "short": (["distilled.samples=8"], "is less than a batch of 16"),
+    "none": (["distilled.samples=0"], "Every stage has no samples"),
+    "untaught": (["teacher.ref="], "reads a teacher and none is named"),
+    "stored": (["teacher.stored=somewhere"], "reads switch.logits, and teacher.stored holds answers alone"),
+    "width": (["model.vision_width=32"], "the switch needs equal widths"),
+    "tokens": (["model.image_size=64"], "the switch needs equal numbers"),
+    "bridge": (["teacher.bridge=true"], "leave the bridge out"),
+    "blind": (["teacher.see=16"], "does not look at pictures"),
+    "weights": (["method.align=-1"], "expected 0 or more"),
+    "nothing": (["method.supervised=0", "method.align=0", "method.switch=0"], "has no term with a weight"),
+    "data": (["data.train=nowhere.json"], "nowhere.json"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_what_cannot_be_is_refused_in_a_sentence(tmp_path, capsys, case):
+    words, expected = REFUSALS[case]
+    given = config_of(tmp_path, *words)
+    if case == "blind":
+        teacher = load_generative(next(word.partition("=")[2] for word in given if word.startswith("teacher.ref=")))
+        with torch.no_grad():
+            for value in teacher.part_parameters("projector"):
+                value.zero_()
+        teacher.save(tmp_path / "blind")
+        given = [*given, f"teacher.ref={tmp_path / 'blind'}"]
+    sentence = refused(capsys, *given)
+    assert expected in sentence
+    assert sentence.endswith((".", "?"))
+
+
+def test_a_bridge_maps_another_width_and_stays_behind(tmp_path):
+    given = config_of(tmp_path, "model.vision_width=32", "teacher.bridge=true", "teacher.see=0", "train.log_steps=1")
+    main(given)
+    state = load_file(next((tmp_path / "run" / "checkpoints" / "1-distilled").glob("step-*")) / "bridge.safetensors")
+    assert state["weight"].shape == (16, 32)
+    load_llava(tmp_path / "run" / "student")
+
+
+def test_a_student_of_a_timm_vision_learns_from_a_teacher_of_one(tmp_path):
+    sizes = {"language_width": 16, "language_layers": 1, "language_heads": 2, "context_length": 256, "image_size": 64}
+    given = config_of(tmp_path, "model.vision=timm:test_efficientnet", "model.image_size=64", "teacher.see=0")
+    texts = ["What is it?", "a red circle", "yes", "no"]
+    torch.manual_seed(0)
+    build_vlm(LlavaSpec(vision="timm:test_efficientnet", **sizes), tmp_path / "teacher", texts=texts)
+    main([*given, f"teacher.ref={tmp_path / 'teacher'}"])
+    student = load_generative(tmp_path / "run")
+    assert student.visual_width == load_generative(tmp_path / "teacher").visual_width
+
+
+def test_stages_are_those_with_samples():
+    recipe = recipes.load(recipes.find("tasks", "switch_kd"))
+    config = override(recipe.config(), ["projector.samples=64"])
+    assert [stage.name for stage in wanted_stages(recipe.stages(config), teacher="x", stored="")] == [
+        "projector",
+        "distilled",
+    ]
+    with pytest.raises(UserError, match="expected 0 or more"):
+        recipe.stages(override(config, ["method.switch=-1"]))

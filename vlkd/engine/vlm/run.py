@@ -1,0 +1,258 @@
+"""The run of a generative model from its recipe to its report: data, teacher, checks, student, stages, figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import cast
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from vlkd.config import override
+from vlkd.data.conversation_sequence import ConversationSequence
+from vlkd.data.conversations import Conversation, open_conversations
+from vlkd.data.files import write_whole
+from vlkd.data.loader import BatchStream, plain_errors
+from vlkd.distill.answers.read import StoredAnswers, open_answers
+from vlkd.distill.gates import check_sees, check_switch, check_vocabulary
+from vlkd.distill.token_distiller import STUDENT, TEACHER, TokenDistiller
+from vlkd.engine.accelerator import accelerator_of
+from vlkd.engine.folder import claim_folder
+from vlkd.engine.vlm.batches import batches_of, sequence_of
+from vlkd.engine.vlm.finish import finish
+from vlkd.engine.vlm.loop import Before, Outcome, train
+from vlkd.engine.vlm.settings import VlmRun
+from vlkd.engine.vlm.smoke import shrink_to_smoke
+from vlkd.engine.vlm.stages import SWITCH, Stage, wanted_stages
+from vlkd.engine.vlm.watch import Watch, open_asked
+from vlkd.models.generative import PARTS, GenerativeVLM, Part
+from vlkd.models.llava_spec import LANGUAGE
+from vlkd.models.load_generative import build_vlm, load_generative
+
+START, TOKENIZER, STAGES, CHECKPOINTS = "start", "tokenizer", "stages", "checkpoints"
+"""Folders of a run: the first weights, the teacher's tokenizer, what each stage left, and its checkpoints."""
+SEEN_AT_A_TIME = 16
+"""Conversations of a batch of the start-up check."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teaching:
+    """Attributes: model: runs beside the student. stored: its answers instead. vocabulary: V that both share."""
+
+    model: GenerativeVLM | None = None
+    stored: StoredAnswers | None = None
+    vocabulary: int | None = None
+
+
+def run_vlm(recipe: ModuleType, assignments: Sequence[str]) -> Path:
+    """Run `recipe.config()`, changed by `key=value` assignments, through `recipe.stages(config)`; returns its folder.
+
+    Raises:
+        UserError: a setting, a path, a model or the data are not as expected, or the teacher cannot teach this student.
+    """
+    config: VlmRun = override(recipe.config(), assignments)
+    accelerator = accelerator_of(config.train.device, config.train.precision, smoke=config.smoke)
+    with accelerator.main_process_first():
+        if config.smoke:
+            config = shrink_to_smoke(config)
+            accelerator.print("smoke: drawn scenes and untrained models stand in for data.*, model.* and teacher.*.")
+        folder = claim_folder(config)
+    stages = wanted_stages(recipe.stages(config), teacher=config.teacher.ref, stored=config.teacher.stored)
+    conversations = {stage.name: open_conversations(stage.settings.data or config.data.train) for stage in stages}
+    asked = open_asked(config)
+    for name, own in conversations.items():
+        accelerator.print(f"{name}: {len(own)} conversations, {sum(len(one.turns) // 2 for one in own)} answers")
+    teacher = load_generative(config.teacher.ref, device=accelerator.device) if config.teacher.ref else None
+    with accelerator.main_process_first():
+        student = open_student(config, folder, stages, conversations, teacher)
+    accelerator.print(f"student: {counts(student)}" + (f"; teacher: {counts(teacher)}" if teacher else ""))
+    teaching = open_teaching(config, student, teacher, stages, conversations, accelerator)
+    every = Stages(config=config, folder=folder, teaching=teaching, accelerator=accelerator,
+                 watch=Watch(asked=asked.watched, settings=config.train))  # fmt: skip
+    outcomes = every.run(student, stages, conversations)
+    if accelerator.is_main_process:
+        student.save(folder / STUDENT)
+        finish(config, folder, outcomes, asked, student, teacher)
+    accelerator.end_training()
+    return folder
+
+
+def open_student(
+    config: VlmRun,
+    folder: Path,
+    stages: Sequence[Stage],
+    conversations: Mapping[str, list[Conversation]],
+    teacher: GenerativeVLM | None,
+) -> GenerativeVLM:
+    """The student as the last finished stage left it, or the one to begin with; random weights are the seed's.
+
+    A new one takes the teacher's tokenizer, or else one that is trained on the conversations.
+    """
+    for number in reversed(range(len(stages))):
+        if (left := stage_folder(folder, number, stages[number])).is_dir():
+            return load_generative(left)
+    if config.start:
+        return load_generative(config.start)
+    if not (folder / START).is_dir():
+        spec = config.model
+        if teacher is not None and not spec.tokenizer and spec.language in LANGUAGE:
+            teacher.processor.save_pretrained(str(folder / TOKENIZER))
+            spec = replace(spec, tokenizer=str(folder / TOKENIZER))
+        texts = (turn.text for own in conversations.values() for one in own for turn in one.turns)
+        torch.manual_seed(config.seed)
+        build_vlm(spec, folder / START, texts=texts)
+    return load_generative(folder / START)
+
+
+def open_teaching(
+    config: VlmRun,
+    student: GenerativeVLM,
+    teacher: GenerativeVLM | None,
+    stages: Sequence[Stage],
+    conversations: Mapping[str, list[Conversation]],
+    accelerator: Accelerator,
+) -> Teaching:
+    """What the stages are taught by, checked against the student; and that the teacher looks at pictures is shown.
+
+    Raises:
+        UserError: vocabularies, visual tokens or widths do not fit, or the teacher does not look at the picture.
+    """
+    taught = [stage for stage in stages if stage.taught]
+    if not taught or teacher is None:
+        return Teaching()
+    settings = config.teacher
+    vocabulary = check_vocabulary(student, teacher)
+    for stage in taught:
+        if stage.reads(SWITCH):
+            check_switch(student, teacher, stage.settings.parts, bridge=settings.bridge)
+    if settings.stored:
+        every = {one.key: one for stage in taught for one in conversations[stage.name]}
+        stored = open_answers(Path(settings.stored), teacher, list(every.values()))
+        return Teaching(stored=stored, vocabulary=vocabulary)
+    if settings.see:
+        shown = sequence_of({TEACHER: teacher}, conversations[taught[0].name][: settings.see], seed=config.seed)
+        found = check_sees(teacher, batches_of(shown, SEEN_AT_A_TIME, accelerator.device))
+        accelerator.print(
+            f"teacher: with a blank picture its answers move by {found['blank_kl']:.3f} nats a token and their loss "
+            f"rises by {found['blank_nll_rise']:.3f}; with another's picture by {found['shuffled_nll_rise']:.3f}"
+        )
+    teacher.freeze()
+    teacher.checkpointing(settings.checkpointing)
+    return Teaching(model=teacher, vocabulary=vocabulary)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stages:
+    """What all stages of a run share."""
+
+    config: VlmRun
+    folder: Path
+    teaching: Teaching
+    accelerator: Accelerator
+    watch: Watch
+
+    def run(
+        self, student: GenerativeVLM, stages: Sequence[Stage], conversations: Mapping[str, list[Conversation]]
+    ) -> dict[str, Outcome]:
+        """One after another; a finished one is kept as the folder of its student, and not run again."""
+        outcomes: dict[str, Outcome] = {}
+        before = Before()
+        for number, stage in enumerate(stages):
+            left = stage_folder(self.folder, number, stage)
+            noted = left.with_suffix(".json")
+            if left.is_dir():
+                outcome = Outcome(**json.loads(noted.read_text()))
+            else:
+                outcome = self.one(student, number, stage, conversations[stage.name], before)
+                if self.accelerator.is_main_process:
+                    left.parent.mkdir(exist_ok=True)
+                    write_whole(noted, json.dumps(asdict(outcome)).encode())
+                    student.save(left)
+                self.accelerator.wait_for_everyone()
+            outcomes[stage.name] = outcome
+            before = Before(steps=before.steps + outcome.steps, samples=before.samples + outcome.samples)
+        return outcomes
+
+    def one(
+        self, student: GenerativeVLM, number: int, stage: Stage, conversations: list[Conversation], before: Before
+    ) -> Outcome:
+        """Train one stage."""
+        config, teaching = self.config, self.teaching if stage.taught else Teaching()
+        student.train_only(cast("tuple[Part, ...]", stage.settings.parts))
+        student.checkpointing(config.train.checkpointing)
+        torch.manual_seed(config.seed)
+        bridge = None
+        if config.teacher.bridge and stage.reads(SWITCH) and teaching.model is not None:
+            bridge = nn.Linear(student.visual_width, teaching.model.visual_width)
+        distiller = TokenDistiller(
+            student,
+            stage.terms,
+            teaching.model,
+            bridge=bridge,
+            vocabulary=teaching.vocabulary,
+            stored_vocabulary=teaching.stored.vocabulary if teaching.stored else 0,
+        )
+        stream = self.stream(distiller, number, stage, conversations)
+        # Dropout draws anew on each rank; weights are those of rank 0.
+        torch.manual_seed(config.seed + 1 + self.accelerator.process_index)
+        with plain_errors():
+            return train(
+                distiller,
+                stream,
+                stage,
+                config.train,
+                self.folder,
+                self.folder / CHECKPOINTS / stage_name(number, stage),
+                self.accelerator,
+                self.watch,
+                before,
+            )
+
+    def stream(
+        self, distiller: TokenDistiller, number: int, stage: Stage, conversations: list[Conversation]
+    ) -> BatchStream[ConversationSequence]:
+        """The stage's batches of this rank; each stage has an order of its own."""
+        config, own = self.config, stage.settings
+        stored = self.teaching.stored if stage.taught else None
+        if stored is not None and stored.left_out:
+            # What did not fit the teacher has no answers there.
+            conversations = [one for one in conversations if one.key not in stored.left_out]
+        models = {STUDENT: distiller.student} | ({TEACHER: distiller.teacher} if distiller.teacher is not None else {})
+        sequence = sequence_of(
+            models,
+            conversations,
+            seed=config.seed + number,
+            batch_size=own.batch_size,
+            window=config.data.window,
+            stored=stored,
+            keep_short_side=config.data.keep_short_side,
+        )
+        return BatchStream(
+            sequence,
+            batch_size=own.batch_size,
+            samples=stage.steps * own.batch_size,
+            workers=config.data.workers,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+        )
+
+
+def stage_name(number: int, stage: Stage) -> str:
+    """Of its folders, in order."""
+    return f"{number + 1}-{stage.name}"
+
+
+def stage_folder(folder: Path, number: int, stage: Stage) -> Path:
+    """Where the student is kept as the stage left it."""
+    return folder / STAGES / stage_name(number, stage)
+
+
+def counts(model: GenerativeVLM) -> str:
+    """Its size, part by part."""
+    parts = {part: sum(one.numel() for one in model.part_parameters(part)) / 1e6 for part in PARTS}
+    return f"{sum(parts.values()):.2f} M parameters ({', '.join(f'{part} {n:.2f}' for part, n in parts.items())})"
