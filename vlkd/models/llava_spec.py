@@ -16,6 +16,7 @@ from vlkd.features import IMAGE_PLACEHOLDER
 from vlkd.models.chat_tokenizer import CHAT_TEMPLATE, train_chat_tokenizer
 from vlkd.models.folder import MODEL_JSON, put_in_place
 from vlkd.models.label_masks import open_chat
+from vlkd.models.quiet import without_bars
 from vlkd.models.tokenizer import first_line
 from vlkd.models.via_llava import load_llava, wrap_llava
 
@@ -305,9 +306,10 @@ def open_pretrained(kind: Any, folder: str, what: str) -> Any:
         UserError: it cannot be read, or its weights are pickled or incomplete.
     """
     try:
-        model, info = kind.from_pretrained(
-            folder, use_safetensors=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
-        )
+        with without_bars():
+            model, info = kind.from_pretrained(
+                folder, use_safetensors=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
+            )
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, ImportError) as error:
         raise UserError(
             f"transformers cannot load the {what} of {folder!r} ({first_line(error)}); expected its config.json and "

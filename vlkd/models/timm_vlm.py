@@ -32,6 +32,7 @@ from vlkd.models.llava_spec import (
     open_pretrained,
 )
 from vlkd.models.preprocessing import RESAMPLING, timm_settings
+from vlkd.models.quiet import without_bars
 from vlkd.models.tokenizer import first_line
 from vlkd.models.towers import build_image_tower, load_exactly, load_timm_weights, read_safetensors
 from vlkd.models.via_llava import checkpointed_layers, prepare
@@ -142,7 +143,8 @@ class TimmVLM(GenerativeVLM):
             (temporary / MODEL_JSON).write_text(json.dumps(self.layout, indent=2) + "\n", encoding="utf-8")
             own = {key: value for key, value in self.state_dict().items() if self.part_of(key) != "language"}
             save_file(stored_state(own, torch.float32), str(temporary / WEIGHTS))
-            self.language_model.save_pretrained(str(temporary / LANGUAGE_FOLDER))
+            with without_bars():
+                self.language_model.save_pretrained(str(temporary / LANGUAGE_FOLDER))
             self.processor.save_pretrained(str(temporary / LANGUAGE_FOLDER))
             # What was written is opened once as a user will; the weights that it starts from must not move a run's
             # random numbers.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vlkd.errors import UserError
 from vlkd.models.base import evaluating
+from vlkd.models.quiet import without_bars
 from vlkd.models.tokenizer import first_line
 
 POOLINGS = ("mean", "cls")
@@ -283,13 +284,14 @@ def build_transformers_text(folder: str | Path, *, pooling: str, weights: bool) 
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
         if weights:
-            encoder, info = AutoModel.from_pretrained(
-                str(folder),
-                use_safetensors=True,
-                trust_remote_code=False,
-                dtype=torch.float32,
-                output_loading_info=True,
-            )
+            with without_bars():
+                encoder, info = AutoModel.from_pretrained(
+                    str(folder),
+                    use_safetensors=True,
+                    trust_remote_code=False,
+                    dtype=torch.float32,
+                    output_loading_info=True,
+                )
         else:
             encoder, info = AutoModel.from_config(config, trust_remote_code=False), {"missing_keys": ()}
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from vlkd.features import IMAGE_PLACEHOLDER, Turn
 from vlkd.models.folder import read_format
 from vlkd.models.generative import GenerativePreprocessing, GenerativeVLM, Part
 from vlkd.models.label_masks import Chat, encode_conversation, open_chat
+from vlkd.models.quiet import without_bars
 from vlkd.models.tokenizer import TransformersTokenizer, first_line
 
 FAMILIES = ("llava", "llava_next")
@@ -97,7 +99,8 @@ class LlavaVLM(GenerativeVLM):
         return checkpointed_layers(self.model.model.language_model)
 
     def save(self, folder: str | Path) -> None:
-        self.model.save_pretrained(str(folder))
+        with without_bars():
+            self.model.save_pretrained(str(folder))
         self.processor.save_pretrained(str(folder))
 
 
@@ -162,14 +165,15 @@ def load_llava(ref: str | Path, *, device: str | torch.device = "cpu") -> LlavaV
                 "tower, a projector and a language model."
             )
         kind = LlavaForConditionalGeneration if config.model_type == "llava" else LlavaNextForConditionalGeneration
-        model, info = kind.from_pretrained(
-            source,
-            config=config,
-            use_safetensors=True,
-            trust_remote_code=False,
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
+        with without_bars() if Path(source).is_dir() else nullcontext():
+            model, info = kind.from_pretrained(
+                source,
+                config=config,
+                use_safetensors=True,
+                trust_remote_code=False,
+                dtype=torch.float32,
+                output_loading_info=True,
+            )
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
     except UserError:
         raise
