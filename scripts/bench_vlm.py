@@ -5,7 +5,7 @@
 
 Step: vision tower, projector and language model of the student, of the teacher, and the switch path, each measured
 alone (forward, and backward where the step has one; the switch path's language model checkpointed as in the step)
-against the whole step of the recipe with its three losses. No optimiser is in either. Generation: the same questions
+against the whole step of the recipe with its three losses. No optimiser is in either, and no loss in the parts. Generation: the same questions
 answered in one batch and one by one, with as many new tokens each, and the answers compared. Without references, two
 random LLaVA are built, the teacher at least four times the student. All rows go in turn; figures are medians over
 rounds of ratios within a round.
@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="conversations of a step")
     parser.add_argument("--questions", type=int, default=32, help="answered in one batch and one by one")
     parser.add_argument("--new-tokens", type=int, default=16)
+    parser.add_argument("--vocabulary", type=int, default=0, help="widen the logits of both models to so many tokens")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
@@ -76,6 +77,10 @@ def open_models(args: argparse.Namespace, folder: Path) -> tuple[GenerativeVLM, 
             torch.manual_seed(0)
             refs[name] = str(build_vlm(spec, folder / name, texts=texts))
     student, teacher = (load_generative(refs[name], device=args.device) for name in ("student", "teacher"))
+    if args.vocabulary:
+        for model in (student, teacher):
+            model.model.resize_token_embeddings(args.vocabulary)
+            model.vocabulary = args.vocabulary
     student.train()
     teacher.freeze()
     teacher.checkpointing(True)

@@ -17,7 +17,7 @@ from vlkd.data.conversations import Conversation
 from vlkd.data.sources import ImageFile
 from vlkd.distill.answers import build
 from vlkd.distill.answers.build import build_answers
-from vlkd.distill.answers.dense import densify, sparsify
+from vlkd.distill.answers.dense import densify, rounded, sparsify
 from vlkd.distill.answers.fidelity import verify_answers
 from vlkd.distill.answers.format import AnswerSpec
 from vlkd.distill.answers.read import open_answers
@@ -101,6 +101,22 @@ def test_a_small_rest_keeps_its_digits_and_none_stays_finite():
     dense = densify(torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1), torch.zeros(1), 10)
     assert torch.isfinite(dense).all()
     assert densify(torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2), torch.zeros(0), 5).shape == (0, 5)
+
+
+def test_half_precision_holds_tokens_that_are_masked_by_a_large_number(tmp_path, teacher, talks):
+    logits = torch.tensor([[1.0, 0.5, -1e9, -1e9]])
+    indices, values, rest = sparsify(logits, 3)
+    assert densify(indices, rounded(values, torch.float16), rest, 4).isfinite().all()
+    with torch.no_grad():
+        teacher.model.get_output_embeddings().weight[4:].mul_(1e6)
+    stored = build_answers(tmp_path / "out", teacher, talks, AnswerSpec(top=teacher.vocabulary))
+    assert stored.manifest["identity"]["dtype"] == "float16"
+    for talk in talks:
+        _, values, _ = stored.answers(talk.key)
+        logs = alone(teacher, talk).log_softmax(dim=1).sort(dim=1, descending=True).values
+        assert logs.min() < -65504
+        assert values.isfinite().all()
+        torch.testing.assert_close(values, logs.clamp_min(-65504), rtol=2e-3, atol=1e-2)
 
 
 def test_stored_answers_are_those_of_each_conversation_alone(tmp_path, teacher, talks):

@@ -140,6 +140,13 @@ def test_a_blind_teacher_is_refused(sighted, folder):
         check_sees(blind, [colour_batch(NAMES, teacher=blind)])
 
 
+def test_a_teacher_without_numbers_is_refused(teacher):
+    with torch.no_grad():
+        next(teacher.part_parameters("language")).fill_(float("nan"))
+    with pytest.raises(UserError, match="does not look at pictures: its answers move by nan nats"):
+        check_sees(teacher, [colour_batch(NAMES, teacher=teacher)])
+
+
 def test_without_an_answer_nothing_can_be_seen(teacher):
     with pytest.raises(UserError, match="Found no answer on which to see"):
         check_sees(teacher, [blank_batch(teacher=teacher)])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
+import re
 
 import pytest
 import torch
@@ -44,8 +46,6 @@ def processor(folder):
 
 
 def chat_with(processor, template):
-    import copy
-
     own = copy.copy(processor)
     own.chat_template = template
     if not template:
@@ -102,8 +102,36 @@ def test_labels_begin_where_the_prompt_ends(processor, template):
     assert words(chat, labels) == [f"{space}no{end}", f"{space}{TALK[3].text}{end}"]
     assert (ids == processor.image_token_id).sum() == N
     # the second prompt has the first answer in it, closed as it was trained
+    second = prompt_ids(chat, TALK[:3], visual_tokens=N)
+    assert len(second) > len(first) + 3
+    assert torch.equal(ids[: len(second)], second)
+    assert labels[len(second) - 1] == IGNORED != labels[len(second)]
     last = int((labels != IGNORED).nonzero()[-1])
     assert chat.processor.tokenizer.decode(ids[last]) == end
+
+
+def test_an_end_behind_the_last_turn_alone_leaves_the_next_turn_unlabelled(processor):
+    own = copy.copy(processor)
+    own.tokenizer = copy.deepcopy(processor.tokenizer)
+    own.tokenizer.add_special_tokens({"additional_special_tokens": ["<|endoftext|>"]})
+    own.chat_template = (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}"
+        "{% elif messages[-1]['role'] == 'assistant' %}{{ '<|endoftext|>' }}{% endif %}"
+    )
+    chat = open_chat("tiny", own, image_token_id=processor.image_token_id, context_length=0)
+    _, labels = encode_conversation(chat, TALK, visual_tokens=1)
+    assert words(chat, labels) == ["no</s>", f"{TALK[3].text}<|endoftext|>"]
+
+
+def test_a_last_answer_written_otherwise_is_found_in_each_turn(processor):
+    """Qwen 3 puts an empty thought before the last answer alone."""
+    thought = "{% if loop.last and message['role'] == 'assistant' %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    chat = chat_with(
+        processor, CHATML.replace("message['role'] + '\n' + ", f"message['role'] + '\n' }}}}{thought}{{{{ ")
+    )
+    _, labels = encode_conversation(chat, TALK, visual_tokens=1)
+    assert words(chat, labels) == ["no<|im_end|>", f"<think>\n\n</think>\n\n{TALK[3].text}<|im_end|>"]
 
 
 def test_vicuna_is_closed_as_in_llavas_training(processor):
@@ -156,6 +184,19 @@ def test_what_cannot_teach_is_refused_with_its_key(processor):
     short = open_chat("tiny", processor, image_token_id=processor.image_token_id, context_length=20)
     with pytest.raises(UserError, match=r"'a7' has \d+ tokens, 16 of them for the picture, and tiny takes 20"):
         encode(*TALK, chat=short)
+
+
+@pytest.mark.parametrize("template", [CHATML, VICUNA])
+def test_answers_that_are_nothing_or_end_early_are_refused(processor, template):
+    chat = chat_with(processor, template)
+    # What ends this template's answers, and the tokenizer's own end, at which generation stops as well.
+    for token in {CHATML: ("<|im_end|>", "</s>")}.get(template, ("</s>",)):
+        for text in (f"{token} no", f"no {token} yes", f"no{token}"):
+            with pytest.raises(UserError, match=rf"'a7' has '{re.escape(token)}' inside of an answer, which to tiny"):
+                encode_conversation(chat, (TALK[0], Turn("assistant", text)), visual_tokens=N, key="a7")
+    for text in ("", "\n\n"):
+        with pytest.raises(UserError, match="'a7' has an answer without tokens"):
+            encode_conversation(chat, (*TALK[:3], Turn("assistant", text)), visual_tokens=N, key="a7")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from helpers.tiny_models import tiny_images, write_bert
@@ -39,6 +41,33 @@ def test_round_trip_through_plain_transformers(tmp_path):
     questions = ["What colour is the circle?", "no?"]
     assert again.answer(tiny_images(2), questions) == vlm.answer(tiny_images(2), questions)
     assert again.fingerprint() == vlm.fingerprint()
+
+
+def test_a_save_is_whole_or_nothing(tmp_path, monkeypatch):
+    vlm = load_llava(write_llava(tmp_path / "model"))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    with torch.no_grad():
+        for value in vlm.parameters():
+            value.add_(0.01)
+
+    def broken(folder):
+        (Path(folder) / "half.json").write_text("{")
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(vlm.processor, "save_pretrained", broken)
+        for folder in ("model", "new"):
+            with pytest.raises(OSError, match="disk full"):
+                vlm.save(tmp_path / folder)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    vlm.save(tmp_path / "model")
+    assert load_llava(tmp_path / "model").fingerprint() == vlm.fingerprint()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep")
+    with pytest.raises(UserError, match="exists and is no LLaVA; choose a new folder"):
+        vlm.save(tmp_path / "mine")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "model"]
 
 
 @pytest.mark.parametrize(("vision", "tokens"), [("clip", 16), ("siglip", 16)])

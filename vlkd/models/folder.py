@@ -105,6 +105,16 @@ def replacing(folder: str | Path, form: str) -> Iterator[Path]:
             f"{folder} exists and is no vlkd model of this kind ({KINDS[form][0]}); choose a new folder, or remove it "
             "yourself."
         )
+    with written_whole(target) as temporary:
+        yield temporary
+
+
+@contextmanager
+def written_whole(target: Path) -> Iterator[Path]:
+    """An empty folder to fill, which takes the place of `target` when the block ends, whatever is there.
+
+    After an error nothing has changed. Whether what is there may go is the caller's to check.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from vlkd.models.classifier_images import STUDENT, student_of
 from vlkd.models.folder import read_format
-from vlkd.models.via_llava import FAMILIES
+from vlkd.models.via_llava import FAMILIES, config_family
 
 FORMAT = "vlkd-vlm"
 
@@ -18,7 +17,7 @@ def generative_folder(ref: str) -> str | None:
     None where no such model lies there, and for names that are no folders, of which only loading tells.
     """
     for folder in (Path(ref), Path(ref) / STUDENT):
-        if ref and (read_format(folder) == FORMAT or _family(folder) in FAMILIES):
+        if ref and (read_format(folder) == FORMAT or config_family(folder) in FAMILIES):
             return str(folder)
     return None
 
@@ -30,12 +29,3 @@ def generative_ref(ref: str) -> str:
         UserError: it is a run without a student yet.
     """
     return generative_folder(ref) or student_of(ref)
-
-
-def _family(folder: Path) -> str:
-    """What transformers' config.json calls its model; "" for none. That of a run has no such entry."""
-    try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return ""
-    return str(found.get("model_type", "")) if isinstance(found, dict) else ""

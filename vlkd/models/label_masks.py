@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -109,7 +110,7 @@ def encode_conversation(
         ids (T,) and labels (T,) int64; labels[t] is ids[t] or -100, not shifted.
 
     Raises:
-        UserError: no answer, an answer without a token, not exactly one picture.
+        UserError: no answer, an answer without a token or with an end token inside, not exactly one picture.
         TooLong: more tokens than the context.
     """
     where = f"The conversation {key!r}" if key else "A conversation"
@@ -122,17 +123,28 @@ def encode_conversation(
         inside = [at for at, (first, last) in enumerate(places) if first < end and last > begin]
         # The last one is the end token, which alone is no answer.
         if len(inside) < 2:
-            raise UserError(f"{where} has an answer without tokens; write the answer, or leave the sample out.")
+            raise _no_tokens(where)
+        ends = {ids[inside[-1]], chat.processor.tokenizer.eos_token_id}
+        if early := [ids[at] for at in inside[:-1] if ids[at] in ends]:
+            token = chat.processor.tokenizer.convert_ids_to_tokens(early[0])
+            raise UserError(
+                f"{where} has {token!r} inside of an answer, which to {chat.name} ends it; take it out of the text, or "
+                "leave the sample out."
+            )
         for at in inside:
             labels[at] = ids[at]
     return _expand(chat, ids, labels, visual_tokens, where)
 
 
 def prompt_ids(chat: Chat, turns: Sequence[Turn] | str, *, visual_tokens: int) -> Tensor:
-    """Ids (T,) int64 of a prompt up to where the answer begins; a string is a question about the picture."""
+    """Ids (T,) int64 of a prompt up to where the answer begins; a string is a question about the picture.
+
+    Earlier answers are ended as in `encode_conversation`, so that a prompt is the beginning of what was trained.
+    """
     asked = (Turn("user", f"{IMAGE_PLACEHOLDER}\n{turns}"),) if isinstance(turns, str) else turns
-    ids, _ = chat.encode(chat.render(asked, prompt=True))
-    return _expand(chat, ids, ids, visual_tokens, f"The prompt {asked[-1].text!r}")[0]
+    where = f"The prompt {asked[-1].text!r}"
+    ids, _ = chat.encode(_text_and_answers(chat, asked, where, prompt=True)[0])
+    return _expand(chat, ids, ids, visual_tokens, where)[0]
 
 
 def pad_conversations(rows: Sequence[tuple[Tensor, Tensor]], pad_id: int, *, left: bool = False) -> dict[str, Tensor]:
@@ -166,22 +178,30 @@ def answer_targets(labels: Tensor) -> Tensor:
     return following[following != IGNORED]
 
 
-def _text_and_answers(chat: Chat, turns: Sequence[Turn], where: str) -> tuple[str, list[tuple[int, int]]]:
+def _text_and_answers(
+    chat: Chat, turns: Sequence[Turn], where: str, *, prompt: bool = False
+) -> tuple[str, list[tuple[int, int]]]:
     """The conversation's text, and the characters (from, to) of each answer with its end token."""
-    whole = chat.render(turns)
+    whole = chat.render(turns, prompt=prompt)
     text, taken, answers = "", 0, []
     for index, turn in enumerate(turns):
         if turn.role != "assistant":
             continue
         answer = turn.text.strip()
-        begin, end = len(chat.render(turns[:index], prompt=True)), len(chat.render(turns[: index + 1]))
-        found = whole.find(answer, begin, end)
-        if whole[:begin] != chat.render(turns[:index], prompt=True) or found < 0:
+        if not answer:
+            raise _no_tokens(where)
+        asked, answered = chat.render(turns[:index], prompt=True), chat.render(turns[: index + 1])
+        begin = len(asked)
+        found = whole.find(answer, begin, len(answered))
+        if not whole.startswith(asked) or found < 0:
             raise UserError(
                 f"{where}: the chat template of {chat.name} does not continue its own prompt with the "
                 f"answer {answer!r}; expected a template whose prompt is how it writes the turns before an answer."
             )
         after = found + len(answer)
+        # A template may write the last turn otherwise: its own end is no part of the whole, nor is the next turn ours.
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(whole, answered, strict=False)))
+        end = same if same >= after else len(answered)
         stop, closed = _closing(chat, whole, after, end)
         text += whole[taken:begin]
         first = len(text)
@@ -189,6 +209,10 @@ def _text_and_answers(chat: Chat, turns: Sequence[Turn], where: str) -> tuple[st
         answers.append((first, len(text)))
         taken = stop
     return text + whole[taken:], answers
+
+
+def _no_tokens(where: str) -> UserError:
+    return UserError(f"{where} has an answer without tokens; write the answer, or leave the sample out.")
 
 
 def _closing(chat: Chat, whole: str, after: int, end: int) -> tuple[int, str]:

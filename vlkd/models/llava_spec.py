@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +12,7 @@ import torch
 from vlkd.errors import UserError
 from vlkd.features import IMAGE_PLACEHOLDER
 from vlkd.models.chat_tokenizer import CHAT_TEMPLATE, train_chat_tokenizer
-from vlkd.models.folder import MODEL_JSON, put_in_place
+from vlkd.models.folder import MODEL_JSON, written_whole
 from vlkd.models.label_masks import open_chat
 from vlkd.models.quiet import without_bars
 from vlkd.models.tokenizer import first_line
@@ -97,18 +95,10 @@ def build_llava(spec: LlavaSpec, folder: str | Path, *, texts: Iterable[str] = (
     language = build_language(spec, tokenizer)
     model = _joined(spec, vision, language, tokenizer)
     wrapped = wrap_llava(str(folder), model, _processor(model, images, tokenizer, template))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        temporary.chmod(0o755)
+    with written_whole(target) as temporary:
         wrapped.save(temporary)
         # What was written is opened once as a user will, before it takes its name.
         load_llava(temporary)
-        if target.exists():
-            target.rmdir()
-        put_in_place(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return target
 
 

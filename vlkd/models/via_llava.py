@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from contextlib import nullcontext
 from dataclasses import replace
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from vlkd.errors import UserError
 from vlkd.features import IMAGE_PLACEHOLDER, Turn
-from vlkd.models.folder import read_format
+from vlkd.models.folder import read_format, written_whole
 from vlkd.models.generative import GenerativePreprocessing, GenerativeVLM, Part
 from vlkd.models.label_masks import Chat, encode_conversation, open_chat
 from vlkd.models.quiet import without_bars
@@ -99,9 +100,19 @@ class LlavaVLM(GenerativeVLM):
         return checkpointed_layers(self.model.model.language_model)
 
     def save(self, folder: str | Path) -> None:
-        with without_bars():
-            self.model.save_pretrained(str(folder))
-        self.processor.save_pretrained(str(folder))
+        """Write the model's transformers folder; it appears whole or not at all, in place of an older one.
+
+        Raises:
+            UserError: the folder exists and is neither empty nor a LLaVA's.
+        """
+        target = Path(folder).absolute()
+        taken = target.is_file() or (target.is_dir() and any(target.iterdir()))
+        if taken and config_family(target) not in FAMILIES:
+            raise UserError(f"{folder} exists and is no LLaVA; choose a new folder, or remove it yourself.")
+        with written_whole(target) as temporary:
+            with without_bars():
+                self.model.save_pretrained(str(temporary))
+            self.processor.save_pretrained(str(temporary))
 
 
 class LlavaNextVLM(LlavaVLM):
@@ -248,6 +259,15 @@ def checkpointed_layers(language_model: nn.Module) -> list[nn.Module]:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return [layer for layer in language_model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+
+
+def config_family(folder: Path) -> str:
+    """What transformers' config.json calls its model; "" for none. That of a run has no such entry."""
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""
+    return str(found.get("model_type", "")) if isinstance(found, dict) else ""
 
 
 def _source(ref: str) -> str:

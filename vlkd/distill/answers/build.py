@@ -19,7 +19,7 @@ from vlkd.data.conversation_sequence import ConversationBatch
 from vlkd.data.conversations import Conversation
 from vlkd.data.sources import MAX_BAD_SHARE, file_sha256, spread
 from vlkd.distill.answers.batches import answer_batches, autocast_of
-from vlkd.distill.answers.dense import sparsify
+from vlkd.distill.answers.dense import rounded, sparsify
 from vlkd.distill.answers.fidelity import measured_error
 from vlkd.distill.answers.format import (
     FORMAT,
@@ -207,7 +207,7 @@ def _shard_columns(
                     f"{', '.join(batch.keys[:4])}, ...; check its weights, or give --precision fp32."
                 )
             counts = (inputs["labels"][:, 1:] != IGNORED).sum(dim=1).tolist()
-            columns = (indices.int().cpu(), values.to(spec.storage).cpu(), rest.cpu())
+            columns = (indices.int().cpu(), rounded(values, spec.storage).cpu(), rest.cpu())
             known |= zip(
                 batch.rows.tolist(), zip(*(torch.split(own, counts) for own in columns), strict=True), strict=True
             )

@@ -27,6 +27,15 @@ def sparsify(logits_AV: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.cat(indices), torch.cat(values), torch.cat(rest)
 
 
+def rounded(values_AK: Tensor, dtype: torch.dtype) -> Tensor:
+    """Log probabilities as they are stored; those below the least number of `dtype` are that number, and not -inf.
+
+    Logits of a vocabulary masked by a large negative number go that low, and -inf would mask their tokens on the
+    student's side, too.
+    """
+    return values_AK.clamp_min(torch.finfo(dtype).min).to(dtype)
+
+
 def densify(indices_AK: Tensor, values_AK: Tensor, rest_A: Tensor, vocabulary: int) -> Tensor:
     """Logits (A, V), float32, of which the K kept are what was stored and all others share the rest evenly.
 

@@ -10,7 +10,7 @@ from vlkd.data.conversation_sequence import ConversationBatch
 from vlkd.data.conversations import Conversation
 from vlkd.data.sources import file_sha256, spread
 from vlkd.distill.answers.batches import answer_batches, autocast_of
-from vlkd.distill.answers.dense import densify, sparsify
+from vlkd.distill.answers.dense import densify, rounded, sparsify
 from vlkd.distill.answers.format import AnswerSpec
 from vlkd.distill.answers.read import StoredAnswers
 from vlkd.distill.cache.format import MANIFEST
@@ -40,7 +40,7 @@ def measured_error(teacher: GenerativeVLM, batches: Iterable[ConversationBatch],
         full = answer_logits(teacher, inputs).float()
         student = answer_logits(teacher, {**inputs, "pixels": torch.zeros_like(inputs["pixels"])}).float()
         indices, values, rest = sparsify(full, spec.top)
-        dense = densify(indices, values.to(spec.storage), rest, teacher.vocabulary)
+        dense = densify(indices, rounded(values, spec.storage), rest, teacher.vocabulary)
         values_A = {"tokens": torch.ones_like(rest), "kept": 1 - rest, "kl": token_kl(full, dense, tau=1.0)}
         losses = [(f"token_kl at tau {tau:g}", tau) for tau in TEMPERATURES]
         pairs = {name: [token_kl(z, student, tau=tau) for z in (full, dense)] for name, tau in losses}
