@@ -44,6 +44,11 @@ def main(argv: Sequence[str]) -> None:
     questions = box_questions([image for _, image in good], per_image=args.per_image, seed=args.seed)
     keys = record_keys([path for path, _ in good])
     asked = [(key, path, qa) for key, (path, _), qa in zip(keys, good, questions, strict=True) if qa]
+    if not asked:
+        raise UserError(
+            f"No balanced question can be made of the {len(good)} pictures of {args.instances}; expected kinds of "
+            "things that some pictures show and others do not: give more pictures."
+        )
     summary = write_vqa_splits({args.name: _samples(asked, args.short_side)}, len(asked), args, bad, flat=True)
     summary["without_questions"] = len(good) - len(asked)
     train, val = (args.out, "VAL") if args.name == "train" else ("TRAIN", args.out)

@@ -142,8 +142,9 @@ def _read(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", error)
         raise UserError(
-            f"{file} cannot be read ({error}); give the folder of qa.jsonl, or that of train/ and test/."
+            f"{file} cannot be read ({reason}); give the folder of qa.jsonl, or that of train/ and test/."
         ) from None
 
 

@@ -53,7 +53,6 @@ def main(argv: Sequence[str]) -> None:
         page = answers_page(
             found, lambda key: open_image(images[key].read()), model=Path(args.model).name, settings=about
         )
-        args.report.parent.mkdir(parents=True, exist_ok=True)
         page.write(args.report)
         print(f"The page is {args.report}.")
     if args.json:
@@ -90,6 +89,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     check_file(args, "answers", "report")
     if args.out.suffix == ".jsonl":
         args.out = results_folder(args.out)
+    # A place that cannot be is told before hours of answers, not after.
+    for folder in (args.out, *(file.parent for file in (args.answers, args.report) if file)):
+        folder.mkdir(parents=True, exist_ok=True)
     return args
 
 
@@ -119,13 +121,12 @@ def measured_row(args: argparse.Namespace, questions: Sequence[Question]) -> tup
 
     from vlkd.data.images import open_image
     from vlkd.data.sources import source_name
-    from vlkd.models.generative_refs import generative_ref
     from vlkd.models.load_generative import load_generative
     from vlkd.protocols.vqa import measure_vqa
     from vlkd.suite.job import LISTED
     from vlkd.suite.results import measured_columns, model_columns, versions
 
-    model = load_generative(generative_ref(args.model), device=args.device)
+    model = load_generative(args.model, device=args.device)
     started = time.perf_counter()
     found = measure_vqa(
         partial(model.answer, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens),

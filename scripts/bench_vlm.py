@@ -5,10 +5,10 @@
 
 Step: vision tower, projector and language model of the student, of the teacher, and the switch path, each measured
 alone (forward, and backward where the step has one; the switch path's language model checkpointed as in the step)
-against the whole step of the recipe with its three losses. No optimiser is in either, and no loss in the parts. Generation: the same questions
-answered in one batch and one by one, with as many new tokens each, and the answers compared. Without references, two
-random LLaVA are built, the teacher at least four times the student. All rows go in turn; figures are medians over
-rounds of ratios within a round.
+against the whole step of the recipe with its three losses. No optimiser is in either, and no loss in the parts.
+Generation: the same questions answered in one batch and one by one, with as many new tokens each, and the answers
+compared. Without references, two random LLaVA are built, the teacher at least four times the student. All rows go in
+turn; figures are medians over rounds of ratios within a round.
 """
 
 from __future__ import annotations

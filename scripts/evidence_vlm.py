@@ -4,9 +4,9 @@
         --set data.train=vqa/train data.val=vqa/val data.test=vqa/test distilled.samples=30000
 
 `--set` passes settings of `vlkd train switch_kd` on to every run. Each run has a process of its own and a log beside
-its folder. Finished runs are kept and others continued, so the same command goes on where it stopped; what fails is listed
-at the end and stops nothing. The table has means over seeds with Student's 95 % intervals, and the differences from
-answers alone, paired by seed.
+its folder. Finished runs are kept and others continued, so the same command goes on where it stopped; what fails is
+listed at the end and stops nothing. The table has means over seeds with Student's 95 % intervals, and the differences
+from answers alone, paired by seed.
 """
 
 from __future__ import annotations

@@ -153,7 +153,8 @@ def test_sources_of_one_name_are_refused(place, capsys):
 
 
 def test_an_unknown_subcommand_is_one_sentence(capsys):
-    assert refused(capsys, ["cache", "pictures"]) == "vlkd: vlkd cache has no 'pictures'; there are embeddings and answers."
+    expected = "vlkd: vlkd cache has no 'pictures'; there are embeddings and answers."
+    assert refused(capsys, ["cache", "pictures"]) == expected
     main(["cache"])
     assert "examples:\n  vlkd cache embeddings" in capsys.readouterr().out
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
 import torch
 from helpers.tiny_models import CAPTIONS, tiny_composite, tiny_images
+from helpers.tiny_vlms import write_llava
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from vlkd.cli.main import main
+from vlkd.data.vqa_writer import QA, VqaSample, write_vqa_shards
+from vlkd.models.via_llava import load_llava
 
 
 @pytest.fixture
@@ -99,3 +104,48 @@ def test_a_plan_that_cannot_be_made_ends_with_one_sentence(words, sentence, caps
     captured = capsys.readouterr()
     assert sentence in captured.err
     assert len(captured.err.splitlines()) == 1
+
+
+def test_a_model_that_answers_questions_is_described(tmp_path, capsys):
+    model = load_llava(write_llava(tmp_path / "run" / "student"))
+    (tmp_path / "run" / "config.json").write_text('{"data": {}}')
+    for ref in ("run", "run/student"):
+        main(["doctor", str(tmp_path / ref), "--json"])
+        row = json.loads(capsys.readouterr().out.splitlines()[-1])["models"][0]
+        assert row["error"] == ""
+        assert row["parameters"].startswith(f"{sum(value.numel() for value in model.parameters()):,}: ")
+        assert row["picture"].startswith(f"{model.visual_tokens} tokens, {model.visual_width} wide")
+        assert "nats between drawn pictures" in row["answers"]
+
+
+def test_a_model_that_answers_without_looking_is_broken(tmp_path, capsys):
+    model = load_llava(write_llava(tmp_path / "seeing"))
+    with torch.no_grad():
+        for value in model.part_parameters("projector"):
+            value.zero_()
+    model.save(tmp_path / "blind")
+    write_vqa_shards(
+        (
+            VqaSample(key=f"s{i}", image=png(i), suffix="png", qa=(QA(question="What is it?", answer=str(i)),))
+            for i in range(4)
+        ),
+        tmp_path / "data",
+        name="test",
+    )
+    for more in ([], ["--data", str(tmp_path / "data")]):
+        with pytest.raises(SystemExit):
+            main(["doctor", str(tmp_path / "blind"), *more])
+        assert "does not look at pictures" in capsys.readouterr().err
+
+
+def test_a_run_without_a_student_yet_is_told(tmp_path, capsys):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(SystemExit):
+        main(["doctor", str(tmp_path / "run")])
+    assert "has no student yet" in capsys.readouterr().err
+
+
+def png(seed):
+    with io.BytesIO() as stream:
+        Image.new("RGB", (40, 40), (60 * seed, 90, 200)).save(stream, "PNG")
+        return stream.getvalue()

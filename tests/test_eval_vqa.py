@@ -156,3 +156,14 @@ def test_refusals(place, tmp_path, capsys, words, sentence):
         evaluate(place, tmp_path, *(word.format(place=place) for word in words))
     assert sentence in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", ["--out", "--report", "--answers"])
+def test_places_that_cannot_be_are_told_before_anything_is_asked(place, tmp_path, capsys, monkeypatch, option):
+    (tmp_path / "file").write_text("taken")
+    monkeypatch.setattr("vlkd.models.load_generative.load_generative", lambda *_, **__: pytest.fail("was loaded"))
+    name = tmp_path / "file" / ("out" if option == "--out" else "x.jsonl")
+    with pytest.raises(SystemExit) as stop:
+        evaluate(place, tmp_path / "out", option, str(name))
+    assert stop.value.code == 2
+    assert f"{tmp_path / 'file'}" in capsys.readouterr().err

@@ -216,6 +216,13 @@ def test_an_output_that_holds_files_is_refused_before_any_work(tmp_path: Path) -
     assert not (tmp_path / "new").exists()
 
 
+def test_pictures_that_allow_no_balanced_question_are_refused(tmp_path: Path) -> None:
+    file, pictures = coco(tmp_path / "coco", count=1)
+    with pytest.raises(UserError, match="No balanced question can be made of the 1 pictures"):
+        box_questions([str(file), str(pictures), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
 def test_text_only_accuracy() -> None:
     learned = Counter({("k", "a?", "yes"): 3, ("k", "a?", "no"): 1, ("k", "b?", "no"): 5, ("j", "c?", "2"): 1})
     assert text_only_accuracy(learned, learned) == {"j": 1.0, "k": 8 / 9}

@@ -49,7 +49,6 @@ class VlkdVLM(lmms):  # type: ignore[misc]  # of a package that need not be ther
     def __init__(
         self, pretrained: str, batch_size: int | str = 1, device: str = "cpu", max_batch_size: int | None = None
     ) -> None:
-        from vlkd.models.generative_refs import generative_ref
         from vlkd.models.load_generative import load_generative
 
         super().__init__()
@@ -57,7 +56,7 @@ class VlkdVLM(lmms):  # type: ignore[misc]  # of a package that need not be ther
             raise UserError(f"--batch_size is {batch_size}; expected a number from 1, and no --max_batch_size.")
         self.batch_size = int(batch_size)
         # A module among the attributes is dropped by lmms-eval once all is answered.
-        self.vlm = load_generative(generative_ref(pretrained), device=device)
+        self.vlm = load_generative(pretrained, device=device)
 
     @property
     def device(self) -> torch.device:

@@ -129,7 +129,7 @@ def print_figures(found: dict[str, Any]) -> None:
     )
     for name in sorted({key.partition("/")[0] for key in error if "/" in key}):
         value, change = (error[f"{name}/{part}"] for part in ("value", "difference"))
-        print(f"  {name}: {value:.4f}, changed by {change:.2e} ({change / max(value, 1e-12):.1%})")
+        print(f"  {name}: {value:.4f}, changed by {change:.2e}")
     if "verified" in found:
         verified = found["verified"]
         print(f"verified: largest KL {verified['kl']:.2e} of {verified['tokens']:.0f} tokens, all hashes as written")

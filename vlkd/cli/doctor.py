@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlkd.cli.doctor_generative import generative_facts
 from vlkd.cli.doctor_plan import plan, print_plan
 from vlkd.errors import UserError
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 EPILOG = """examples:
   vlkd doctor
   vlkd doctor runs/teacher/student open_clip:ViT-B-16@datacomp_xl_s13b_b90k --data shards/val
+  vlkd doctor runs/small --data vqa/val
   vlkd doctor --plan pretrain data.train=shards/train data.workers=8 teachers.refs=runs/a/student method.matching=8
 """
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "transformers", "timm", "accelerate", "faiss-cpu", "webdataset")
@@ -41,7 +43,9 @@ def main(argv: Sequence[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("models", nargs="*", metavar="REF", help="models to load and check")
-    parser.add_argument("--data", metavar="PATH[#SPLIT]", help="captioned images, to compare pairs with shuffled ones")
+    parser.add_argument(
+        "--data", metavar="PATH[#SPLIT]", help="captioned images, or questions, to compare pairs with shuffled ones"
+    )
     parser.add_argument(
         "--plan",
         nargs="+",
@@ -140,14 +144,17 @@ def torchvision_operators() -> str:
 def check_models(refs: Sequence[str], data: str | None) -> list[dict[str, Any]]:
     """One row per model, printed as it is found; `error` is "" for a sound one."""
     from vlkd.data.sources import open_pairs
+    from vlkd.models.generative_refs import generative_folder
 
-    pairs = open_pairs(data) if data else None
+    answering = {ref: folder for ref in refs if (folder := generative_folder(ref))}
+    pairs = open_pairs(data) if data and len(answering) < len(set(refs)) else None
     rows = []
     for ref in refs:
         row: dict[str, Any] = {"model": ref, "error": ""}
         print(f"\n{ref}")
         try:
-            for name, value in model_facts(ref, pairs).items():
+            facts = generative_facts(answering[ref], data) if ref in answering else model_facts(ref, pairs)
+            for name, value in facts.items():
                 row[name] = value
                 print(f"  {name:<14} {value}")
         except UserError as error:
@@ -163,10 +170,12 @@ def model_facts(ref: str, pairs: Pairs | None) -> dict[str, str]:
     Raises:
         UserError: a check failed.
     """
+    from vlkd.models.classifier_images import student_of
     from vlkd.models.golden import GOLDEN, SENTENCES, probe_images
     from vlkd.models.load import load
     from vlkd.models.self_check import check_outputs, check_preprocessing
 
+    ref = student_of(ref)
     model = load(ref)
     golden = "equal to those it was saved with" if (Path(ref) / GOLDEN).is_file() else "none stored"
     check_preprocessing(model)

@@ -51,21 +51,28 @@ def main(argv: Sequence[str] | None = None) -> None:
         keep_freed_memory()
         importlib.import_module(f"vlkd.cli.{words[0]}").main(words[1:])
     except UserError as error:
-        print(f"vlkd: {error}", file=sys.stderr)
+        say(f"vlkd: {error}")
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("vlkd: stopped; the same command continues a training run.", file=sys.stderr)
+        say("vlkd: stopped; the same command continues a training run.")
         raise SystemExit(130) from None
     except BrokenPipeError:
         raise SystemExit(0) from None
     except OSError as error:
         place = error.filename or "A file"
-        print(
+        say(
             f"vlkd: {place} cannot be read or written ({error.strerror or error}); check the path, its rights and the "
-            "space on its disk, then run the same command again.",
-            file=sys.stderr,
+            "space on its disk, then run the same command again."
         )
         raise SystemExit(2) from error
+
+
+def say(sentence: str) -> None:
+    """Print it on the error stream, on a line of its own where a bar of progress still stands."""
+    if tqdm := sys.modules.get("tqdm"):
+        tqdm.tqdm.write(sentence, file=sys.stderr)
+    else:
+        print(sentence, file=sys.stderr)
 
 
 if __name__ == "__main__":

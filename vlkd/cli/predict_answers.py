@@ -48,6 +48,6 @@ def predict_answers(args: argparse.Namespace, ref: str) -> None:
         "images_per_second": round(len(images) / max(found.seconds, 1e-9), 1),
     }
     report_left_out(figures, found.bad)
-    print(summary(figures, f"{figures['answers']:,} different answers"))
+    print(summary(figures, f"{figures['answers']:,} different answer{'s' if figures['answers'] > 1 else ''}"))
     if args.json:
         print(json.dumps(figures, allow_nan=False))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -13,6 +14,9 @@ from torch import Tensor
 from vlkd.errors import TooLong, UserError
 from vlkd.features import IGNORED, IMAGE_PLACEHOLDER, Turn
 from vlkd.models.tokenizer import first_line
+
+SHOWN = 80
+"""Letters of a question in a message."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +146,7 @@ def prompt_ids(chat: Chat, turns: Sequence[Turn] | str, *, visual_tokens: int) -
     Earlier answers are ended as in `encode_conversation`, so that a prompt is the beginning of what was trained.
     """
     asked = (Turn("user", f"{IMAGE_PLACEHOLDER}\n{turns}"),) if isinstance(turns, str) else turns
-    where = f"The prompt {asked[-1].text!r}"
+    where = f"The prompt {textwrap.shorten(asked[-1].text, SHOWN)!r}"
     ids, _ = chat.encode(_text_and_answers(chat, asked, where, prompt=True)[0])
     return _expand(chat, ids, ids, visual_tokens, where)[0]
 

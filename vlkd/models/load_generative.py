@@ -10,13 +10,11 @@ import torch
 from vlkd.errors import UserError
 from vlkd.models.folder import MODEL_JSON
 from vlkd.models.generative import GenerativeVLM
+from vlkd.models.generative_refs import generative_ref
 from vlkd.models.llava_spec import LlavaSpec, build_llava
 from vlkd.models.timm_vlm import PREFIX, build_timm_vlm, load_timm_vlm
 from vlkd.models.tokenizer import first_line
 from vlkd.models.via_llava import load_llava
-
-CONFIG = "config.json"
-"""Of a transformers folder."""
 
 
 def load_generative(ref: str | Path, *, device: str | torch.device = "cpu") -> GenerativeVLM:
@@ -31,22 +29,12 @@ def load_generative(ref: str | Path, *, device: str | torch.device = "cpu") -> G
         UserError: there is no such model, what is there is damaged, pickled or of another kind, or there is no such
             device.
     """
-    folder = model_folder(ref)
-    name = str(folder if folder.is_dir() else ref)
-    vlm: GenerativeVLM = load_timm_vlm(name) if (folder / MODEL_JSON).is_file() else load_llava(name)
+    name = generative_ref(str(ref))
+    vlm: GenerativeVLM = load_timm_vlm(name) if (Path(name) / MODEL_JSON).is_file() else load_llava(name)
     try:
         return vlm.to(device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"The device {device} cannot be used ({first_line(error)}); name another one.") from None
-
-
-def model_folder(ref: str | Path) -> Path:
-    """The model's folder of a reference: of a run its student, else the reference as it is."""
-    folder = Path(ref)
-    student = folder / "student"
-    # A run keeps its settings as config.json, where transformers keeps a model's.
-    inside = any((student / name).is_file() for name in (MODEL_JSON, CONFIG))
-    return student if inside and not (folder / MODEL_JSON).is_file() else folder
 
 
 def build_vlm(spec: LlavaSpec, folder: str | Path, *, texts: Iterable[str] = ()) -> Path:

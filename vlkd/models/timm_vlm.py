@@ -22,6 +22,7 @@ from vlkd.errors import UserError
 from vlkd.models.base import evaluating
 from vlkd.models.folder import MODEL_JSON, WEIGHTS, read_layout, replacing, stored_state
 from vlkd.models.generative import GenerativePreprocessing, GenerativeVLM, Part
+from vlkd.models.generative_refs import FORMAT
 from vlkd.models.golden import SENTENCES, compare_golden, probe_images, store_golden
 from vlkd.models.llava_spec import (
     LANGUAGE_FOLDER,
@@ -37,7 +38,7 @@ from vlkd.models.tokenizer import first_line
 from vlkd.models.towers import build_image_tower, load_exactly, load_timm_weights, read_safetensors
 from vlkd.models.via_llava import checkpointed_layers, prepare
 
-FORMAT, VERSION = "vlkd-vlm", 1
+VERSION = 1
 PREFIX = "timm:"
 """Before timm's name, in `LlavaSpec.vision`."""
 

@@ -3,6 +3,7 @@
 A page needs no network, no script and no font of its own. All text is escaped: captions come from anywhere.
 """
 
+from vlkd.report.answer_galleries import answer_galleries
 from vlkd.report.gallery import (
     Exhibit,
     ExhibitLine,
@@ -37,6 +38,7 @@ __all__ = [
     "SearchQuery",
     "Table",
     "TextQuery",
+    "answer_galleries",
     "bar_plot",
     "grouped_bar_plot",
     "line_plot",

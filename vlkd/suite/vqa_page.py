@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from vlkd.errors import UserError
-from vlkd.protocols.vqa import Answered, MeasuredAnswers, letter
-from vlkd.report import Bar, Estimate, Exhibit, ExhibitLine, Figure, Report, Table, grouped_bar_plot
+from vlkd.protocols.vqa import MeasuredAnswers
+from vlkd.report import Bar, Estimate, Figure, Report, Table, answer_galleries, grouped_bar_plot
 from vlkd.report.table import Value
 from vlkd.suite.table_markdown import grid
 
@@ -16,8 +15,6 @@ if TYPE_CHECKING:
 
     from vlkd.metrics.answers import Tally
 
-SHOWN = 12
-"""Answers in each gallery."""
 _ALL = "all questions"
 _YES_NO = ("accuracy", "precision", "recall", "f1", "yes_ratio", "unparsed")
 
@@ -85,21 +82,18 @@ def answers_page(
     bars = {name: [_bar(name, own)] for name, own in _named(found)}
     report.plot(grouped_bar_plot(bars, [model], title="Right answers by kind", x_label="percent"))
     rows: list[list[Value]] = [
-        [name, own.questions, _bar_estimate(own), 100 * own.parse_failures] for name, own in _named(found)
+        [name, own.questions, _bar_estimate(own), Estimate(value=100 * own.parse_failures)]
+        for name, own in _named(found)
     ]
     report.table(Table(("kind", "questions", "right", "unparsed"), rows))
     if found.measured.counts["yes_or_no"]:
         report.heading("Yes or no")
         cells: list[Value] = ["yes is positive", *(Estimate(value=100 * figures[f"yes_no_{n}"]) for n in _YES_NO)]
         report.table(Table(("", *(name.replace("_", " ") for name in _YES_NO)), [cells]))
-    for title, own_rows in (
-        ("Wrong answers", [row for row in found.rows if not row.right]),
-        ("Right answers", [row for row in found.rows if row.right]),
-    ):
-        if cards := _cards(own_rows, picture):
-            report.section(title)
-            report.text(f"{len(cards)} of {len(own_rows):,}, taken evenly over the kinds' questions.")
-            report.gallery(cards)
+    for gallery in answer_galleries(found.rows, picture):
+        report.section(gallery.title)
+        report.text(gallery.note)
+        report.gallery(gallery.items)
     report.details("Settings", {name: str(value) for name, value in settings.items()})
     return report
 
@@ -116,30 +110,3 @@ def _bar(name: str, own: Tally) -> Bar:
 def _bar_estimate(own: Tally) -> Estimate:
     bar = _bar("", own)
     return Estimate(value=bar.value, low=bar.low, high=bar.high)
-
-
-def _cards(rows: Sequence[Answered], picture: Callable[[str], Image]) -> list[Exhibit]:
-    """At most `SHOWN`, evenly over the rows in the order of their kinds."""
-    ordered = sorted(rows, key=lambda row: row.kind)
-    count = min(SHOWN, len(ordered))
-    chosen = [ordered[(2 * place + 1) * len(ordered) // (2 * count)] for place in range(count)]
-    return [card for row in chosen if (card := _card(row, picture)) is not None]
-
-
-def _card(row: Answered, picture: Callable[[str], Image]) -> Exhibit | None:
-    try:
-        image = picture(row.key)
-    except (UserError, OSError):  # It was readable before.
-        return None
-    options = [ExhibitLine(who=letter(place), text=words) for place, words in enumerate(row.choices)]
-    return Exhibit(
-        images=[(image, row.key)],
-        verdict=row.kind,
-        good=row.right,
-        lines=[
-            ExhibitLine(who="asked", text=row.question),
-            *options,
-            ExhibitLine(who="truth", text=row.truth),
-            ExhibitLine(who="answer", text=row.answer or "(nothing)", right=row.right),
-        ],
-    )

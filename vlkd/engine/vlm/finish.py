@@ -10,16 +10,18 @@ from typing import Any
 
 from vlkd import __version__
 from vlkd.config import to_json
+from vlkd.data.images import open_image
 from vlkd.data.questions import Question
 from vlkd.engine.finish import LEFT_OUT, write_lines
 from vlkd.engine.results import flat
 from vlkd.engine.vlm.loop import Outcome
 from vlkd.engine.vlm.settings import VlmRun
 from vlkd.engine.vlm.watch import AskedQuestions, ask
+from vlkd.metrics.answers import Tally
 from vlkd.models.generative import GenerativeVLM
 from vlkd.models.load_generative import load_generative
 from vlkd.protocols.vqa import MeasuredAnswers
-from vlkd.report import Estimate, Figure, Table, write_run_report
+from vlkd.report import Estimate, Figure, Gallery, Table, answer_galleries, write_run_report
 from vlkd.report.table import Value
 
 STUDENT, TEACHER, COMPARED = "student", "teacher", "compared"
@@ -80,7 +82,7 @@ def finish(
     notes += [unread_words(one) for one in entries if one.role == STUDENT and one.found.unreadable]
     if bad:
         notes.append(f"{len(bad)} conversations could not be used, all in {LEFT_OUT}.")
-    path = write_report(config, folder, entries, notes)
+    path = write_report(config, folder, entries, notes, galleries(entries, asked))
     for one in entries:
         low, high = one.found.total.interval
         print(
@@ -137,8 +139,20 @@ def unread_words(one: Entry) -> str:
     return f"{SPLITS[one.split]}: the pictures of {count} questions cannot be read; they are in no figure."
 
 
-def write_report(config: VlmRun, folder: Path, entries: Sequence[Entry], notes: Sequence[str]) -> Path:
-    """Draw `report.html`: key figures, a table for each split, curves, settings."""
+def galleries(entries: Sequence[Entry], asked: AskedQuestions) -> list[Gallery]:
+    """The student's wrong and right answers on the last split, with their pictures."""
+    own = [one for one in entries if one.role == STUDENT]
+    if not own:
+        return []
+    images = {question.key: question.image for question in asked.final[own[-1].split]}
+    of = f", {SPLITS[own[-1].split].lower()}"
+    return answer_galleries(own[-1].found.rows, lambda key: open_image(images[key].read()), of=of)
+
+
+def write_report(
+    config: VlmRun, folder: Path, entries: Sequence[Entry], notes: Sequence[str], shown: Sequence[Gallery]
+) -> Path:
+    """Draw `report.html`: key figures, two tables for each split, curves, answers with pictures, settings."""
     # The final figures come first.
     splits = list(dict.fromkeys(one.split for one in reversed(entries)))
     legend = "Accuracy in percent with its 95 % interval (Wilson): the share of greedy answers that are the truth."
@@ -149,7 +163,8 @@ def write_report(config: VlmRun, folder: Path, entries: Sequence[Entry], notes: 
         figures=[key_figure(one) for one in entries if one.split == splits[0]],
         settings=flat(json.loads(json.dumps(to_json(config)))),
         metrics_path=folder / "metrics.jsonl",
-        tables={SPLITS[split]: result_table([one for one in entries if one.split == split]) for split in splits},
+        tables={name: table for split in splits for name, table in split_tables(split, entries)},
+        galleries=shown,
         notes=[*([legend] if entries else []), *notes],
     )
 
@@ -167,23 +182,49 @@ def key_figure(one: Entry) -> Figure:
     return Figure(label=label, value=value, note=f"{100 * low:.1f} to {100 * high:.1f}, {SPLITS[one.split].lower()}")
 
 
+def split_tables(split: str, entries: Sequence[Entry]) -> list[tuple[str, Table]]:
+    """The tables of a split with their titles."""
+    own = [one for one in entries if one.split == split]
+    return [(SPLITS[split], result_table(own)), (f"{SPLITS[split]}, by kind", kind_table(own))]
+
+
 def result_table(entries: Sequence[Entry]) -> Table:
-    """One row per model: all questions, then those of each kind, percent."""
-    kinds = list(entries[0].found.kinds)
-    headers = ("model", "M parameters", "all", *kinds, "not parsed")
-    rows: list[list[Value]] = []
-    for one in entries:
-        tallies = [one.found.total, *(one.found.kinds[kind] for kind in kinds)]
-        rows.append(
-            [
-                one.name,
-                f"{one.parameters / 1e6:.2f}",
-                *(
-                    Estimate(value=100 * own.accuracy, low=100 * own.interval[0], high=100 * own.interval[1])
-                    for own in tallies
-                ),
-                Estimate(value=100 * one.found.total.parse_failures),
-            ]
-        )
-    aside = [i for i, one in enumerate(entries) if one.role == TEACHER]
-    return Table(headers, rows, best={name: "highest" for name in ("all", *kinds)}, aside=aside)
+    """One row per model: all questions, percent; the last row is of one who never looks at a picture."""
+    rows: list[list[Value]] = [
+        [
+            one.name,
+            Estimate(value=one.parameters / 1e6, digits=2),
+            percent(one.found.total),
+            Estimate(value=100 * one.found.total.parse_failures),
+        ]
+        for one in entries
+    ]
+    commonest = Estimate(value=100 * entries[0].found.measured.metrics["commonest_answer"])
+    rows.append(["always the commonest answer of each kind", None, commonest, None])
+    aside = [i for i, one in enumerate(entries) if one.role == TEACHER] + [len(entries)]
+    return Table(("model", "M parameters", "right", "not parsed"), rows, best={"right": "highest"}, aside=aside)
+
+
+def kind_table(entries: Sequence[Entry]) -> Table:
+    """One row per kind of question, one column per model, percent: kinds may be many, models are few.
+
+    The best of several models but the teacher is set in bold.
+    """
+    rows: list[list[Value]] = [
+        [kind, own.questions, *(percent(one.found.kinds[kind]) for one in entries)]
+        for kind, own in entries[0].found.kinds.items()
+    ]
+    students = [place for place, one in enumerate(entries) if one.role != TEACHER]
+    strong = set()
+    for row, kind in enumerate(entries[0].found.kinds):
+        right = {place: entries[place].found.kinds[kind].right for place in students}
+        best = max(right.values())
+        if min(right.values()) < best:
+            strong |= {(row, 2 + place) for place, count in right.items() if count == best}
+    return Table(("kind", "questions", *(one.name for one in entries)), rows, strong=strong)
+
+
+def percent(own: Tally) -> Estimate:
+    """Accuracy and its interval."""
+    low, high = own.interval
+    return Estimate(value=100 * own.accuracy, low=100 * low, high=100 * high)

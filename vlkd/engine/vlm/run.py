@@ -22,8 +22,9 @@ from vlkd.distill.answers.read import StoredAnswers, open_answers
 from vlkd.distill.gates import check_sees, check_switch, check_vocabulary
 from vlkd.distill.token_distiller import STUDENT, TEACHER, TokenDistiller
 from vlkd.engine.accelerator import accelerator_of
-from vlkd.engine.folder import claim_folder
+from vlkd.engine.folder import FIRST_WEIGHTS, claim_folder
 from vlkd.engine.vlm.batches import batches_of, sequence_of
+from vlkd.engine.vlm.checks import check_data, check_questions
 from vlkd.engine.vlm.finish import finish
 from vlkd.engine.vlm.loop import Before, Outcome, train
 from vlkd.engine.vlm.settings import VlmRun
@@ -34,8 +35,10 @@ from vlkd.models.generative import PARTS, GenerativeVLM, Part
 from vlkd.models.llava_spec import LANGUAGE
 from vlkd.models.load_generative import build_vlm, load_generative
 
-START, TOKENIZER, STAGES, CHECKPOINTS = "start", "tokenizer", "stages", "checkpoints"
-"""Folders of a run: the first weights, the teacher's tokenizer, what each stage left, and its checkpoints."""
+START, TOKENIZER = FIRST_WEIGHTS
+"""Folders of a run: the first weights, and the teacher's tokenizer."""
+STAGES, CHECKPOINTS = "stages", "checkpoints"
+"""What each stage left, and its checkpoints."""
 SEEN_AT_A_TIME = 16
 """Conversations of a batch of the start-up check."""
 
@@ -59,22 +62,28 @@ def run_vlm(recipe: ModuleType, assignments: Sequence[str]) -> Path:
     accelerator = accelerator_of(config.train.device, config.train.precision, smoke=config.smoke)
     with accelerator.main_process_first():
         if config.smoke:
-            config = shrink_to_smoke(config)
+            taught = any(stage.taught for stage in recipe.stages(config) if stage.settings.samples)
+            config = shrink_to_smoke(config, taught=taught)
             accelerator.print("smoke: drawn scenes and untrained models stand in for data.*, model.* and teacher.*.")
         folder = claim_folder(config)
     stages = wanted_stages(recipe.stages(config), teacher=config.teacher.ref, stored=config.teacher.stored)
     conversations = {stage.name: open_conversations(stage.settings.data or config.data.train) for stage in stages}
+    check_data(stages, conversations)
     asked = open_asked(config)
     for name, own in conversations.items():
         accelerator.print(f"{name}: {len(own)} conversations, {sum(len(one.turns) // 2 for one in own)} answers")
+    for ref in config.report.compare if accelerator.is_main_process else ():
+        load_generative(ref)  # What cannot be opened is told now, not when training has ended.
     teacher = load_generative(config.teacher.ref, device=accelerator.device) if config.teacher.ref else None
     with accelerator.main_process_first():
         student = open_student(config, folder, stages, conversations, teacher)
     accelerator.print(f"student: {counts(student)}" + (f"; teacher: {counts(teacher)}" if teacher else ""))
+    answering = [student, teacher] if teacher and config.report.teacher else [student]
+    check_questions([question for own in asked.final.values() for question in own], answering)
     teaching = open_teaching(config, student, teacher, stages, conversations, accelerator)
-    every = Stages(config=config, folder=folder, teaching=teaching, accelerator=accelerator,
-                 watch=Watch(asked=asked.watched, settings=config.train))  # fmt: skip
-    outcomes = every.run(student, stages, conversations)
+    runner = StageRunner(config=config, folder=folder, teaching=teaching, accelerator=accelerator,
+                         watch=Watch(asked=asked.watched, settings=config.train))  # fmt: skip
+    outcomes = runner.run(student, stages, conversations)
     if accelerator.is_main_process:
         student.save(folder / STUDENT)
         finish(config, folder, outcomes, asked, student, teacher)
@@ -131,11 +140,12 @@ def open_teaching(
         if stage.reads(SWITCH):
             check_switch(student, teacher, stage.settings.parts, bridge=settings.bridge)
     if settings.stored:
-        every = {one.key: one for stage in taught for one in conversations[stage.name]}
-        stored = open_answers(Path(settings.stored), teacher, list(every.values()))
-        return Teaching(stored=stored, vocabulary=vocabulary)
+        # Stages may have data of their own with keys in common.
+        every = [open_answers(Path(settings.stored), teacher, conversations[stage.name]) for stage in taught]
+        return Teaching(stored=every[0], vocabulary=vocabulary)
     if settings.see:
-        shown = sequence_of({TEACHER: teacher}, conversations[taught[0].name][: settings.see], seed=config.seed)
+        own = conversations[taught[0].name]
+        shown = sequence_of({TEACHER: teacher}, own[:: max(1, len(own) // settings.see)], seed=config.seed)
         found = check_sees(teacher, batches_of(shown, SEEN_AT_A_TIME, accelerator.device))
         accelerator.print(
             f"teacher: with a blank picture its answers move by {found['blank_kl']:.3f} nats a token and their loss "
@@ -147,8 +157,8 @@ def open_teaching(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stages:
-    """What all stages of a run share."""
+class StageRunner:
+    """Runs stages, with what all of them share."""
 
     config: VlmRun
     folder: Path
@@ -168,7 +178,7 @@ class Stages:
             if left.is_dir():
                 outcome = Outcome(**json.loads(noted.read_text()))
             else:
-                outcome = self.one(student, number, stage, conversations[stage.name], before)
+                outcome = self.run_stage(student, number, stage, conversations[stage.name], before)
                 if self.accelerator.is_main_process:
                     left.parent.mkdir(exist_ok=True)
                     write_whole(noted, json.dumps(asdict(outcome)).encode())
@@ -178,7 +188,7 @@ class Stages:
             before = Before(steps=before.steps + outcome.steps, samples=before.samples + outcome.samples)
         return outcomes
 
-    def one(
+    def run_stage(
         self, student: GenerativeVLM, number: int, stage: Stage, conversations: list[Conversation], before: Before
     ) -> Outcome:
         """Train one stage."""

@@ -31,14 +31,14 @@ MODEL = LlavaSpec(
 """Student and teacher alike, so that the switch path fits."""
 
 
-def shrink_to_smoke(config: VlmRun) -> VlmRun:
-    """Questions about drawn shapes, tiny models, an untrained teacher where one is named, three steps a stage."""
+def shrink_to_smoke(config: VlmRun, *, taught: bool = False) -> VlmRun:
+    """Questions about drawn shapes, tiny models, three steps a stage; an untrained teacher if `taught` or named."""
     folder = Path(config.out)
     data = folder.with_name(folder.name + "-smoke-data")
     for split in ("train", "val"):
         if not (data / split / "manifest.json").is_file():
             write_vqa_shards(questions(split), data / split, name=split)
-    teacher = untrained(data / "teacher") if config.teacher.ref else ""
+    teacher = untrained(data / "teacher") if taught or config.teacher.ref else ""
     stages: dict[str, Any] = {
         one.name: replace(value, samples=48 if value.samples else 0, batch_size=16, data=())
         for one in fields(config)

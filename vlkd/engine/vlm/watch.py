@@ -91,5 +91,5 @@ class Watch:
         if not self.asked:
             return {}
         found = ask(student, self.asked, self.settings)
-        kinds = {f"val/{kind}": own.accuracy for kind, own in found.kinds.items()}
+        kinds = {f"val/kinds/{kind}": own.accuracy for kind, own in found.kinds.items()}
         return {"val/accuracy": found.total.accuracy, "val/parse_failures": found.total.parse_failures, **kinds}
