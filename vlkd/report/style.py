@@ -61,6 +61,7 @@ td:last-child, th:last-child { padding-right: 0; }
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 420px), 1fr)); gap: 24px 36px;
   margin-bottom: 20px; }
 svg.plot { display: block; width: 100%; max-width: 640px; height: auto; }
+.plots > svg.plot:only-child { grid-column: 1 / -1; max-width: 720px; }
 
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 470px), 1fr)); gap: 16px;
   margin: 14px 0 8px; }

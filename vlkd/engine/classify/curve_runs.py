@@ -95,7 +95,9 @@ def _result(folder: Path, settings: Settings, rows: Mapping[str, Mapping[str, An
         if role in rows and (not weight or settings[weight])
     }
     figures |= {"ece": float(row["metrics"]["ece"]), "seconds": float(row["seconds"]), "samples": float(row["samples"])}
-    figures |= {name: float(row["best"][name]) for name in ("alpha", "beta")}
+    # A single head has no share to choose.
+    if "label_head" in figures and "teacher_head" in figures:
+        figures |= {name: float(row["best"][name]) for name in ("alpha", "beta")}
     logged = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else {}
     for name in ("conflict/trunk", "conflict/heads"):
         values = [value for value in logged.get(name, ([], []))[1] if math.isfinite(value)]
