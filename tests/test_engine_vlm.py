@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.tiny_conversations import colour_batch
 from helpers.vlm_ranks import NAMES, opened, run_vlm_rank, vlm_step, write_models
+from helpers.vlm_runs import lines, refused
 from safetensors.torch import load_file
 
 from vlkd import recipes
@@ -43,18 +43,6 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def refused(capsys, *words: str) -> str:
-    with pytest.raises(SystemExit) as stop:
-        main(words)
-    assert stop.value.code == 2
-    (sentence,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("vlkd: ")]
-    return sentence
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
+from helpers.vlm_runs import lines, refused
 from PIL import Image
 
 from vlkd.cli.main import main
@@ -28,10 +28,6 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def sample(key: object, image: str, question: str, answer: str, **more: object) -> dict:
     turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
     return {"id": str(key), "image": image, "conversations": turns, **more}
@@ -51,14 +47,6 @@ def words(tmp_path):
         "train", "vlm", f"data.train={tmp_path / 'train.json'}", f"data.val={tmp_path / 'train.json'}", *model,
         "supervised.samples=32", "supervised.batch_size=16", "train.log_steps=1", f"out={tmp_path / 'run'}",
     ]  # fmt: skip
-
-
-def refused(capsys, *words: str) -> str:
-    with pytest.raises(SystemExit) as stop:
-        main(words)
-    assert stop.value.code == 2
-    (sentence,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("vlkd: ")]
-    return sentence
 
 
 VAL = {

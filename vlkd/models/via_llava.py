@@ -20,6 +20,7 @@ from vlkd.models.generative import GenerativePreprocessing, GenerativeVLM, Part
 from vlkd.models.label_masks import Chat, encode_conversation, open_chat
 from vlkd.models.quiet import without_bars
 from vlkd.models.tokenizer import TransformersTokenizer, first_line
+from vlkd.models.via_transformers import cannot_load, check_whole
 
 FAMILIES = ("llava", "llava_next")
 VISION, PROJECTOR = "model.model.vision_tower.", "model.model.multi_modal_projector."
@@ -189,13 +190,8 @@ def load_llava(ref: str | Path, *, device: str | torch.device = "cpu") -> LlavaV
     except UserError:
         raise
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
-        raise UserError(
-            f"transformers cannot load {ref!r} ({first_line(error)}); check the spelling and the network, or download "
-            "the model elsewhere, with safetensors weights, and pass its folder."
-        ) from error
-    if info["missing_keys"]:
-        missing = ", ".join(sorted(info["missing_keys"])[:3])
-        raise UserError(f"The weights of {ref!r} lack {missing}; expected those of its config.json, fetch them again.")
+        raise cannot_load(ref, error) from error
+    check_whole(ref, info["missing_keys"])
     return wrap_llava(ref, model, processor).eval().to(device)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -104,14 +105,24 @@ def load_transformers(ref: str, source: str) -> TransformersModel:
     except UserError:
         raise
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise UserError(
-            f"transformers cannot load {ref!r} ({first_line(error)}); check the spelling and the network, or download "
-            "the model elsewhere, with safetensors weights, and pass its folder."
-        ) from error
-    if info["missing_keys"]:
-        missing = ", ".join(sorted(info["missing_keys"])[:3])
-        raise UserError(f"The weights of {ref!r} lack {missing}; expected those of its config.json, fetch them again.")
+        raise cannot_load(ref, error) from error
+    check_whole(ref, info["missing_keys"])
     return TransformersModel(name=ref, model=model.eval(), processor=processor, tokenizer=tokenizer)
+
+
+def cannot_load(ref: str, error: Exception) -> UserError:
+    """What to say where transformers fails on a folder or a name on the hub."""
+    return UserError(
+        f"transformers cannot load {ref!r} ({first_line(error)}); check the spelling and the network, or download the "
+        "model elsewhere, with safetensors weights, and pass its folder."
+    )
+
+
+def check_whole(ref: str, missing: Collection[str]) -> None:
+    """Raise `UserError` where the weights of a model lack some."""
+    if missing:
+        names = ", ".join(sorted(missing)[:3])
+        raise UserError(f"The weights of {ref!r} lack {names}; expected those of its config.json, fetch them again.")
 
 
 def check_family(ref: str, model_type: str) -> None:
