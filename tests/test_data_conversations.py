@@ -210,6 +210,7 @@ def test_opens_sources_in_order_and_numbers_repeated_keys(write, tmp_path):
         (None, "No conversations are named"),
         ("none.json", "There is no file"),
         ("none.tar", "There is no .tar at"),
+        ("nowhere", "There is nothing at"),
         ("talk.csv", "holds no conversations; expected a LLaVA"),
         ("empty.tar", "holds no sample"),
         ("https://example.org/x.tar", "is not on this machine"),

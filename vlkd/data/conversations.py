@@ -173,6 +173,8 @@ def _open(ref: str) -> list[Conversation]:
         return read_llava(path)
     if path.is_file() and path.suffix != ".tar":
         raise UserError(f"{ref} holds no conversations; expected a LLaVA .json or .jsonl, or shards (.tar).")
+    if not path.exists() and path.suffix != ".tar" and not set(ref) & set("*?[{"):
+        raise UserError(f"There is nothing at {ref}; give a LLaVA .json or .jsonl, or shards (.tar) or their folder.")
     found = read_vqa_shards([Path(place) for place in expand_shards([ref])])
     if not found:
         raise UserError(f"{ref} holds no sample; check it.")
