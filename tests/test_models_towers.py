@@ -5,11 +5,14 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from helpers.tiny_models import CAPTIONS, TINY_IMAGE, word_tokenizer, write_bert
+from helpers.classes import tiny_classifier
+from helpers.tiny_models import CAPTIONS, TINY_IMAGE, tiny_composite, word_tokenizer, write_bert
+from helpers.tiny_vlms import write_timm_vlm
 from safetensors.torch import save_file
 from transformers import AutoModel
 
 from vlkd.errors import UserError
+from vlkd.models.timm_vlm import load_timm_vlm
 from vlkd.models.towers import (
     CompactText,
     build_image_tower,
@@ -151,6 +154,31 @@ def test_timm_weights_with_classifier(tmp_path):
         torch.testing.assert_close(tower(pixels), wanted, rtol=2e-3, atol=2e-3)
     with pytest.raises(UserError, match="does not fit its model"):
         load_timm_weights(build_image_tower("resnet10t", ""), str(path))
+
+
+@pytest.mark.parametrize("kind", ["dual encoder", "classifier", "vlm"])
+def test_timm_weights_of_a_vlkd_folder(kind, tmp_path):
+    folder, name, kwargs = tmp_path / "model", "resnet10t", TINY_IMAGE["image_kwargs"]
+    if kind == "dual encoder":
+        wanted = (model := tiny_composite(seed=1)).image_tower
+        model.save(folder)
+    elif kind == "classifier":
+        wanted = (model := tiny_classifier(seed=1)).trunk[0]
+        model.save(folder)
+    else:
+        name, kwargs = "test_efficientnet", ""
+        wanted = load_timm_vlm(write_timm_vlm(folder, vision=f"timm:{name}")).tower
+    tower = build_image_tower(name, kwargs)
+    load_timm_weights(tower, str(folder))
+    assert tower.state_dict().keys() == wanted.state_dict().keys()
+    assert all(torch.equal(value, wanted.state_dict()[key]) for key, value in tower.state_dict().items())
+    with pytest.raises(UserError, match="does not fit its model"):
+        load_timm_weights(build_image_tower("resnet10t", ""), str(folder))
+
+
+def test_timm_weights_of_a_folder_without_a_vlkd_model(tmp_path):
+    with pytest.raises(UserError, match=r"Found no vlkd model in .*, expected one or a safetensors file"):
+        load_timm_weights(build_image_tower("resnet10t", TINY_IMAGE["image_kwargs"]), str(tmp_path))
 
 
 def test_pickled_damaged_and_missing_weights(tmp_path):

@@ -24,7 +24,7 @@ class ClassifierSpec:
     Args:
         image: timm's name of the trunk.
         image_kwargs: a JSON object of further arguments of `timm.create_model`.
-        image_weights: safetensors with timm's keys; "" starts at random.
+        image_weights: safetensors with timm's keys, or a vlkd folder whose timm tower is taken; "" starts at random.
         start: a vlkd dual-encoder folder whose image tower and projection are the trunk, in place of the three above.
         image_size: pixels of a side; 0 is that of the start, or timm's own.
         crop_fraction: see `PixelSettings`; 0 is that of the start, or timm's own with weights and 1 without.

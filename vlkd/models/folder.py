@@ -28,6 +28,8 @@ KINDS = {
     "vlkd-vlm": ("a generative model", "vlkd.models.load_generative.load_generative"),
 }
 """The formats of `model.json`, each in words and with the function that reads it."""
+IMAGE_TOWERS = {"vlkd-model": "image_tower.", "vlkd-classifier": "trunk.tower.", "vlkd-vlm": "tower."}
+"""What stands before the keys of the timm image tower in the weights of each format."""
 
 
 def read_format(folder: Path) -> str:

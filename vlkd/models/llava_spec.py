@@ -31,7 +31,8 @@ class LlavaSpec:
     Args:
         vision: "clip" or "siglip" at random from the numbers below, a transformers folder of one with its weights, or
             "timm:NAME", for which of the numbers `image_size` alone is read.
-        vision_weights: for "timm:NAME" safetensors with timm's keys; "" starts at random.
+        vision_weights: for "timm:NAME" safetensors with timm's keys, or a vlkd folder whose timm tower is taken, such
+            as a classifier's; "" starts at random.
         image_size: pixels of a side; pictures are squashed to it, since a crop could lose what is asked about.
         patch_size: pixels of a visual token's side.
         vision_width: C; Switch-KD needs the teacher's.

@@ -34,7 +34,7 @@ class CompositeSpec:
     Args:
         image: timm's name of the image tower.
         image_kwargs: a JSON object of further arguments of `timm.create_model`.
-        image_weights: safetensors with timm's keys; "" starts at random.
+        image_weights: safetensors with timm's keys, or a vlkd folder whose timm tower is taken; "" starts at random.
         image_size: pixels of a side; 0 is timm's own size.
         crop_fraction: see `PixelSettings`; 0 is timm's own with pretrained weights and 1 without.
         text: "compact", or a transformers folder whose weights and tokenizer start the text tower.

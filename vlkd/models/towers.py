@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vlkd.errors import UserError
 from vlkd.models.base import evaluating
+from vlkd.models.folder import IMAGE_TOWERS, WEIGHTS, read_format
 from vlkd.models.quiet import without_bars
 from vlkd.models.tokenizer import first_line
 
@@ -223,14 +224,23 @@ def average_cells(maps: Tensor) -> Tensor:
 
 
 def load_timm_weights(tower: Any, path: str) -> None:
-    """Load a safetensors file with timm's keys into a tower; its classifier is left out.
+    """Load a safetensors file with timm's keys, or the image tower of a vlkd folder, into a tower.
+
+    Classifiers are left out, timm's and those of a folder.
 
     Raises:
-        UserError: the file is missing or pickled, or its keys or shapes are not the tower's.
+        UserError: the file is missing or pickled, the folder has no timm tower, or keys or shapes are not the tower's.
     """
-    classifier = tower.pretrained_cfg.get("classifier") or "classifier"
-    heads = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
-    weights = {key: value for key, value in read_safetensors(path).items() if not key.startswith(heads)}
+    if Path(path).is_dir():
+        prefix = IMAGE_TOWERS.get(read_format(Path(path)))
+        if prefix is None:
+            raise UserError(f"Found no vlkd model in {path}, expected one or a safetensors file; check the path.")
+        found = read_safetensors(Path(path) / WEIGHTS)
+        weights = {key.removeprefix(prefix): value for key, value in found.items() if key.startswith(prefix)}
+    else:
+        classifier = tower.pretrained_cfg.get("classifier") or "classifier"
+        heads = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
+        weights = {key: value for key, value in read_safetensors(path).items() if not key.startswith(heads)}
     load_exactly(tower, weights, str(path))
 
 
