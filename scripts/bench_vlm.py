@@ -34,6 +34,7 @@ from vlkd.models.generative import GenerativeVLM
 from vlkd.models.label_masks import answer_positions
 from vlkd.models.llava_spec import LlavaSpec
 from vlkd.models.load_generative import build_vlm, load_generative
+from vlkd.models.question_mask import PADDING
 
 WANTED = {"step_over_parts": "<= 1.25", "batched_over_single": ">= 3"}
 SIZES = {
@@ -115,7 +116,7 @@ def measure_step(args: argparse.Namespace, student: GenerativeVLM, teacher: Gene
         "ms": {name: 1000 * value for name, value in seconds.items()},
         "step_over_parts": ratio,
         "answer_tokens": answers,
-        "tokens": int(batch.inputs[STUDENT]["mask"].sum()),
+        "tokens": int((batch.inputs[STUDENT]["mask"] != PADDING).sum()),
         "vocabulary": student.vocabulary,
     }
 

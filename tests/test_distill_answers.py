@@ -218,7 +218,7 @@ def test_answers_of_something_else_are_refused(tmp_path, teacher, talks):
     with pytest.raises(UserError, match=r"Found --top 9999 for a vocabulary of"):
         build_answers(out, teacher, talks, replace(SPEC, top=9999))
     (out / "manifest.json").write_text('{"format": "vlkd-teacher-cache"}')
-    with pytest.raises(UserError, match="is no manifest of stored answers of format version 1"):
+    with pytest.raises(UserError, match="is no manifest of stored answers of format version 2"):
         open_answers(out, teacher, talks)
 
 

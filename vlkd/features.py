@@ -110,8 +110,14 @@ class ConversationPreprocessing(Protocol):
         """ids (T,) and labels (T,) int64, `IGNORED` but on answers; raises `TooLong` beyond the context."""
         ...
 
-    def pad(self, rows: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-        """`ids`, `labels` (B, T) int64 and `mask` (B, T) bool of what `encode` gave, T the longest."""
+    def encode_questions(
+        self, turns: Sequence[Turn], *, image: Image | None = None, key: str = ""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `encode` of questions that do not see each other, and the number of each token's question (T,)."""
+        ...
+
+    def pad(self, rows: Sequence[tuple[Tensor, ...]]) -> dict[str, Tensor]:
+        """`ids`, `labels` (B, T) int64 and `mask` (B, T), bool or numbers, of what was encoded, T the longest."""
         ...
 
 

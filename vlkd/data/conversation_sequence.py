@@ -47,9 +47,10 @@ class ConversationBatch(Travelling):
     Attributes:
         keys: B keys.
         rows: (B,) the conversations' numbers.
-        inputs: per model name its `pixels` (B, 3, H, W), `ids` and `labels` (B, T) int64, `mask` (B, T) bool, and
-            `image_sizes` where pictures are tiled. Where no conversation can be used, B is 0 and there is one row, a
-            blank picture without a label, so that such a rank runs (and gathers) what the others do.
+        inputs: per model name its `pixels` (B, 3, H, W), `ids` and `labels` (B, T) int64, `mask` (B, T) bool or the
+            numbers of `vlkd.models.question_mask`, and `image_sizes` where pictures are tiled. Where no conversation
+            can be used, B is 0 and there is one row, a blank picture without a label, so that such a rank runs (and
+            gathers) what the others do.
         stored: the teacher's `indices` (A, K) int64, `values` (A, K) and `rest` (A,) in the order of the batch's answer
             tokens; {} without stored answers.
         bad: what was left out because its picture cannot be used or it is longer than a context: key to reason.
@@ -85,7 +86,7 @@ class ConversationSample:
         key: of the conversation.
         row: its number.
         pictures: per model name as decoded for it.
-        encoded: per model name ids and labels (T,).
+        encoded: per model name ids and labels (T,), and numbers (T,) of questions that stand alone.
         stored: indices (a, K), values (a, K) and rest (a,); None without stored answers.
         problem: why it is left out.
     """
@@ -93,7 +94,7 @@ class ConversationSample:
     key: str
     row: int
     pictures: Mapping[str, Image] = field(default_factory=dict)
-    encoded: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    encoded: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
     stored: tuple[Tensor, Tensor, Tensor] | None = None
     problem: str = ""
 
@@ -152,7 +153,9 @@ class ConversationSequence(Dataset[ConversationSample]):
         try:
             pictures = self._pictures(row)
             encoded = {
-                name: preparation.encode(talk.turns, image=pictures[name], key=talk.key)
+                name: (preparation.encode_questions if talk.alone else preparation.encode)(
+                    talk.turns, image=pictures[name], key=talk.key
+                )
                 for name, preparation in self.preparations.items()
             }
         except (BadImage, TooLong) as error:
@@ -238,9 +241,9 @@ def _equal(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(value, right[name]) for name, value in left.items())
 
 
-def _shared_answers(key: str, encoded: Mapping[str, tuple[Tensor, Tensor]]) -> int:
+def _shared_answers(key: str, encoded: Mapping[str, tuple[Tensor, ...]]) -> int:
     """The number of answer tokens, which are the same to all models."""
-    found = {name: labels[labels != IGNORED] for name, (_, labels) in encoded.items()}
+    found = {name: labels[labels != IGNORED] for name, (_, labels, *_) in encoded.items()}
     first, *others = found
     for other in others:
         if not torch.equal(found[first], found[other]):

@@ -33,6 +33,7 @@ class Conversation:
         turns: user first, in turn with the assistant, who has the last word; one `<image>` in all, the user's.
         kinds: of each answer, "" for none; () where no answer has one.
         choices: of each answer those to choose from, () for an open one; () where all are open.
+        alone: each question is asked by itself, without the turns before it; else the turns are one dialogue.
     """
 
     key: str
@@ -40,6 +41,7 @@ class Conversation:
     turns: tuple[Turn, ...]
     kinds: tuple[str, ...] = ()
     choices: tuple[tuple[str, ...], ...] = ()
+    alone: bool = False
 
 
 def open_conversations(refs: Sequence[str]) -> list[Conversation]:
@@ -72,7 +74,8 @@ def open_conversations(refs: Sequence[str]) -> list[Conversation]:
 def read_llava(file: Path, root: Path | None = None) -> list[Conversation]:
     """The conversations of a LLaVA file, in its order.
 
-    A sample may say more of its answers: "kinds": [str, ...] and "choices": [[str, ...], ...], one entry per answer.
+    A sample may say more of its answers: "kinds": [str, ...] and "choices": [[str, ...], ...], one entry per answer;
+    and "alone": true, where its questions are no dialogue and each is asked by itself.
 
     An id that stands for several samples, as in LLaVA's own mixtures, gets -2, -3 and so on from its second one.
 
@@ -104,8 +107,8 @@ def read_vqa_shards(shards: Sequence[Path]) -> list[Conversation]:
     """The conversations of shards of one source, in their order; written for instance by `vlkd.data.vqa_writer`.
 
     A sample is KEY.jpg (png, webp) and KEY.json = {"conversations": [LLaVA's turns], "kinds"?, "choices"?}, or
-    {"qa": [[QUESTION, ANSWER] or {"question", "answer", "kind"?, "choices"?}, ...]}. The picture is beside its
-    questions, so an `<image>` that is missing is put before the first one.
+    {"qa": [[QUESTION, ANSWER] or {"question", "answer", "kind"?, "choices"?}, ...]}, whose questions are each asked by
+    themselves. The picture is beside its questions, so an `<image>` that is missing is put before the first one.
 
     Raises:
         UserError: a shard has a `Problem` (see `vlkd.data.tar_members`), a key stands for two samples, or a sample has
@@ -160,6 +163,7 @@ class _Said(TypedDict):
     turns: tuple[Turn, ...]
     kinds: tuple[str, ...]
     choices: tuple[tuple[str, ...], ...]
+    alone: bool
 
 
 def _open(ref: str) -> list[Conversation]:
@@ -214,7 +218,12 @@ def _from_pairs(pairs: object, where: str) -> dict[str, Any]:
         turns += [{"from": "human", "value": pair["question"]}, {"from": "gpt", "value": pair["answer"]}]
         kinds.append(pair.get("kind") or "")
         choices.append(pair.get("choices") or [])
-    return {"conversations": turns, "kinds": kinds if any(kinds) else [], "choices": choices if any(choices) else []}
+    return {
+        "conversations": turns,
+        "kinds": kinds if any(kinds) else [],
+        "choices": choices if any(choices) else [],
+        "alone": True,
+    }
 
 
 def _entries(file: Path) -> list[Any]:
@@ -254,11 +263,18 @@ def _said(entry: Mapping[str, Any], where: str) -> _Said:
     kinds, choices = entry.get("kinds") or [], entry.get("choices") or []
     if not _are_texts(kinds) or not isinstance(choices, list) or not all(_are_texts(each) for each in choices):
         raise UserError(f'{where}: expected "kinds" as [str, ...] and "choices" as [[str, ...], ...].')
+    if not isinstance(entry.get("alone", False), bool):
+        raise UserError(f'{where}: found "alone": {entry["alone"]!r}; expected true or false.')
     answers = len(turns) // 2
     for name, listed in (("kinds", kinds), ("choices", choices)):
         if listed and len(listed) != answers:
             raise UserError(f"{where}: {len(listed)} {name} for {answers} answers; give one for each, or none at all.")
-    return {"turns": turns, "kinds": tuple(kinds), "choices": tuple(map(tuple, choices))}
+    return {
+        "turns": turns,
+        "kinds": tuple(kinds),
+        "choices": tuple(map(tuple, choices)),
+        "alone": bool(entry.get("alone")),
+    }
 
 
 def _are_texts(value: object) -> bool:

@@ -10,12 +10,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlkd.data.conversation_sequence import ConversationBatch
+from vlkd.data.conversations import Conversation
 from vlkd.distill.token_distiller import TEACHER, answer_logits
 from vlkd.errors import UserError
 from vlkd.features import IGNORED, IMAGE_PLACEHOLDER, Turn
 from vlkd.models.base import evaluating
 from vlkd.models.generative import GenerativeVLM
-from vlkd.models.golden import SENTENCES
+from vlkd.models.golden import SENTENCES, probe_images
 from vlkd.models.label_masks import answer_targets, encode_conversation
 from vlkd.objectives.token_logits import token_kl
 
@@ -110,6 +111,43 @@ def probe_conversation(model: GenerativeVLM) -> tuple[Tensor, Tensor]:
     for text in PROBE:
         turns += [Turn("assistant", text), Turn("user", text)]
     return encode_conversation(chat, turns[:-1], visual_tokens=1)
+
+
+def check_alone(models: Iterable[GenerativeVLM], conversations: Iterable[Conversation]) -> None:
+    """Raise `UserError` unless each model answers questions that share a row as it answers each by itself.
+
+    Not every language model takes an attention mask and positions of our own.
+
+    Args:
+        models: they are only read.
+        conversations: without questions that stand alone nothing is looked at.
+    """
+    if not any(talk.alone and len(talk.turns) > 2 for talk in conversations):
+        return
+    image = probe_images()[0]
+    turns = [turn for text in PROBE for turn in (Turn("user", f"{IMAGE_PLACEHOLDER}\n{text}"), Turn("assistant", text))]
+    for model in models:
+        # Short contexts of tiny models are no matter here.
+        prepared = replace(model.preprocessing, chat=replace(model.preprocessing.chat, context_length=0))
+        together = [prepared.encode_questions(turns, image=image)]
+        alone = [prepared.encode(turns[first : first + 2], image=image) for first in range(0, len(turns), 2)]
+        with torch.no_grad(), evaluating(model):
+            found, wanted = (
+                answer_logits(
+                    model,
+                    {
+                        name: value.to(model.device)
+                        for name, value in (prepared.image_inputs([image] * len(rows)) | prepared.pad(rows)).items()
+                    },
+                ).float()
+                for rows in (together, alone)
+            )
+        if found.shape != wanted.shape or not torch.allclose(found, wanted, rtol=1e-3, atol=1e-3):
+            raise UserError(
+                f"{model.name} answers questions otherwise where they share a picture than one by one: its language "
+                "model takes no attention mask or no positions of its own; give each question a conversation of its "
+                "own."
+            )
 
 
 def check_sees(teacher: GenerativeVLM, batches: Iterable[ConversationBatch]) -> dict[str, float]:

@@ -17,7 +17,7 @@ from vlkd.errors import UserError
 from vlkd.features import Turn
 from vlkd.models.base import evaluating
 from vlkd.models.fingerprint import generative_fingerprint
-from vlkd.models.label_masks import Chat, encode_conversation, pad_conversations, prompt_ids
+from vlkd.models.label_masks import Chat, encode_conversation, encode_questions, pad_conversations, prompt_ids
 from vlkd.models.preprocessing import TransformersPreprocessing
 
 if TYPE_CHECKING:
@@ -66,7 +66,13 @@ class GenerativePreprocessing(TransformersPreprocessing):
         """ids (T,) and labels (T,) of a conversation; see `vlkd.models.label_masks.encode_conversation`."""
         return encode_conversation(self.chat, turns, visual_tokens=self.places_of(image), key=key)
 
-    def pad(self, rows: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    def encode_questions(
+        self, turns: Sequence[Turn], *, image: Image | None = None, key: str = ""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """ids, labels and numbers (T,) of questions that do not see each other; see `encode_questions` there."""
+        return encode_questions(self.chat, turns, visual_tokens=self.places_of(image), key=key)
+
+    def pad(self, rows: Sequence[tuple[Tensor, ...]]) -> dict[str, Tensor]:
         """`ids`, `labels` and `mask` (B, T) of encoded conversations, padding behind them."""
         return pad_conversations(rows, self.pad_id)
 
@@ -148,7 +154,8 @@ class GenerativeVLM(nn.Module):
 
         Args:
             embeds: (B, T, E).
-            mask: (B, T) bool, true on real tokens; padding may stand on either side.
+            mask: (B, T) bool, true on real tokens; padding may stand on either side. Or the numbers of
+                `vlkd.models.question_mask`.
             keep: (B, T) bool with A true places.
         """
 
@@ -205,7 +212,7 @@ class GenerativeVLM(nn.Module):
         Args:
             pixels: (B, 3, H, W); not read where `visual` is given.
             ids: (B, T), the image token N times in each row.
-            mask: (B, T) bool.
+            mask: (B, T), see `language`.
             visual: (B, N, E), tokens that were already projected, also those of another model's vision tower.
             keep: (B, T) bool, see `language` and `vlkd.models.label_masks.answer_positions`.
             images: what else `preprocessing.image_inputs` gave.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vlkd.errors import TooLong, UserError
 from vlkd.features import IGNORED, IMAGE_PLACEHOLDER, Turn
+from vlkd.models.question_mask import FIRST_QUESTION, PADDING, SHARED
 from vlkd.models.tokenizer import first_line
 
 SHOWN = 80
@@ -140,6 +141,54 @@ def encode_conversation(
     return _expand(chat, ids, labels, visual_tokens, where)
 
 
+def encode_questions(
+    chat: Chat, turns: Sequence[Turn], *, visual_tokens: int, key: str = ""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Questions about one picture, each as if it were a conversation of its own, and the picture in front once.
+
+    In a conversation with several questions later answers can be read off earlier ones ("Is there a red cup?", "What is
+    red?") without a look at the picture. Here a question sees the picture and itself, see `vlkd.models.question_mask`.
+
+    Args:
+        chat: from `open_chat`.
+        turns: as in `encode_conversation`, with nothing but questions and answers.
+        visual_tokens: N.
+        key: the sample's name, for messages.
+
+    Returns:
+        ids (T,) and labels (T,) as of `encode_conversation`, and the number of each token's question (T,) int64, from
+        `FIRST_QUESTION` on, `SHARED` up to the picture.
+
+    Raises:
+        UserError: as `encode_conversation`, or the chat template has the question in front of the picture.
+        TooLong: picture and one question are longer than the context.
+    """
+    ids: list[Tensor] = []
+    labels: list[Tensor] = []
+    numbers: list[Tensor] = []
+    for number in range(len(turns) // 2):
+        asked, answered = turns[2 * number : 2 * number + 2]
+        text = asked.text.replace(IMAGE_PLACEHOLDER, "").strip()
+        own, own_labels = encode_conversation(
+            chat, (Turn("user", f"{IMAGE_PLACEHOLDER}\n{text}"), answered), visual_tokens=visual_tokens, key=key
+        )
+        shared = int((own == chat.image_token_id).nonzero()[-1]) + 1
+        if number and not torch.equal(own[:shared], ids[0][: numbers[0].eq(SHARED).sum()]):
+            raise UserError(
+                f"The chat template of {chat.name} writes a question in front of the picture, so the questions of "
+                f"{key!r} cannot share it; give each question a conversation of its own."
+            )
+        begin = shared if number else 0
+        # What a template writes behind an answer predicts nothing.
+        end = int((own_labels != IGNORED).nonzero()[-1]) + 1
+        ids.append(own[begin:end])
+        labels.append(own_labels[begin:end])
+        numbers.append(torch.full((end - begin,), FIRST_QUESTION + number))
+        if not number:
+            numbers[0][:shared] = SHARED
+    return torch.cat(ids), torch.cat(labels), torch.cat(numbers)
+
+
 def prompt_ids(chat: Chat, turns: Sequence[Turn] | str, *, visual_tokens: int) -> Tensor:
     """Ids (T,) int64 of a prompt up to where the answer begins; a string is a question about the picture.
 
@@ -151,22 +200,26 @@ def prompt_ids(chat: Chat, turns: Sequence[Turn] | str, *, visual_tokens: int) -
     return _expand(chat, ids, ids, visual_tokens, where)[0]
 
 
-def pad_conversations(rows: Sequence[tuple[Tensor, Tensor]], pad_id: int, *, left: bool = False) -> dict[str, Tensor]:
-    """`ids`, `labels` (B, T) int64 and `mask` (B, T) bool of encoded conversations, T the longest.
+def pad_conversations(rows: Sequence[tuple[Tensor, ...]], pad_id: int, *, left: bool = False) -> dict[str, Tensor]:
+    """`ids`, `labels` (B, T) int64 and `mask` (B, T) of encoded conversations, T the longest.
+
+    The mask is bool, or the numbers of `vlkd.models.question_mask` where a row has them.
 
     Args:
-        rows: from `encode_conversation`.
+        rows: from `encode_conversation` or `encode_questions`.
         pad_id: the id under padding.
         left: pad in front, as generation needs it.
     """
-    longest = max(len(ids) for ids, _ in rows)
+    longest = max(len(row[0]) for row in rows)
     ids = torch.full((len(rows), longest), pad_id)
     labels = torch.full((len(rows), longest), IGNORED)
-    mask = torch.zeros((len(rows), longest), dtype=torch.bool)
-    for row, (own, own_labels) in enumerate(rows):
+    mask = torch.full((len(rows), longest), PADDING)
+    for index, (own, own_labels, *numbers) in enumerate(rows):
         place = slice(longest - len(own), longest) if left else slice(0, len(own))
-        ids[row, place], labels[row, place], mask[row, place] = own, own_labels, True
-    return {"ids": ids, "labels": labels, "mask": mask}
+        ids[index, place], labels[index, place] = own, own_labels
+        mask[index, place] = numbers[0] if numbers else SHARED
+    numbered = any(len(row) > 2 for row in rows)
+    return {"ids": ids, "labels": labels, "mask": mask if numbered else mask != PADDING}
 
 
 def answer_positions(labels: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ from vlkd.models.llava_spec import (
     open_pretrained,
 )
 from vlkd.models.preprocessing import RESAMPLING, timm_settings
+from vlkd.models.question_mask import attention_and_positions
 from vlkd.models.quiet import without_bars
 from vlkd.models.tokenizer import first_line
 from vlkd.models.towers import build_image_tower, load_exactly, load_timm_weights, read_safetensors
@@ -90,13 +91,12 @@ class TimmVLM(GenerativeVLM):
         return found
 
     def language(self, embeds: Tensor, mask: Tensor, keep: Tensor | None = None) -> Tensor:
-        # As in transformers' generate, so that padding in front moves no position.
-        positions = (mask.long().cumsum(dim=1) - 1).clamp_min(0)
+        attention, positions = attention_and_positions(mask, embeds.dtype)
         # The model's own forward may scale or cap its logits; only what enters its output layer is chosen here.
         head = self.language_model.get_output_embeddings()
         with nullcontext() if keep is None else head.register_forward_pre_hook(lambda _, found: (found[0][keep],)):
             logits: Tensor = self.language_model(
-                inputs_embeds=embeds, attention_mask=mask.long(), position_ids=positions, use_cache=False
+                inputs_embeds=embeds, attention_mask=attention, position_ids=positions, use_cache=False
             ).logits
         return logits
 

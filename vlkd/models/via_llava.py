@@ -18,6 +18,7 @@ from vlkd.features import IMAGE_PLACEHOLDER, Turn
 from vlkd.models.folder import read_format, written_whole
 from vlkd.models.generative import GenerativePreprocessing, GenerativeVLM, Part
 from vlkd.models.label_masks import Chat, encode_conversation, open_chat
+from vlkd.models.question_mask import attention_and_positions
 from vlkd.models.quiet import without_bars
 from vlkd.models.tokenizer import TransformersTokenizer, first_line
 from vlkd.models.via_transformers import cannot_load, check_whole
@@ -62,10 +63,9 @@ class LlavaVLM(GenerativeVLM):
         return found
 
     def language(self, embeds: Tensor, mask: Tensor, keep: Tensor | None = None) -> Tensor:
-        # As in transformers' generate, so that padding in front moves no position.
-        positions = (mask.long().cumsum(dim=1) - 1).clamp_min(0)
+        attention, positions = attention_and_positions(mask, embeds.dtype)
         hidden = self.model.model.language_model(
-            inputs_embeds=embeds, attention_mask=mask.long(), position_ids=positions, use_cache=False, return_dict=True
+            inputs_embeds=embeds, attention_mask=attention, position_ids=positions, use_cache=False, return_dict=True
         ).last_hidden_state
         logits: Tensor = self.model.get_output_embeddings()(hidden if keep is None else hidden[keep])
         return logits
@@ -140,10 +140,10 @@ class LlavaNextVLM(LlavaVLM):
         """As `GenerativeVLM.forward_logits`, with pixels (B, tiles, 3, H, W) and `image_sizes` (B, 2)."""
         if visual is not None or pixels is None:
             raise UserError(f"{self.name} is a LLaVA-NeXT, which takes pixels alone; take a LLaVA for visual tokens.")
-        positions = (mask.long().cumsum(dim=1) - 1).clamp_min(0)
+        attention, positions = attention_and_positions(mask, self.model.dtype)
         found = self.model.model(
             input_ids=ids,
-            attention_mask=mask.long(),
+            attention_mask=attention,
             position_ids=positions,
             pixel_values=pixels,
             image_sizes=images["image_sizes"],

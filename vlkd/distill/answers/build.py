@@ -35,6 +35,7 @@ from vlkd.distill.answers.format import (
 from vlkd.distill.answers.read import StoredAnswers
 from vlkd.distill.cache.build import columns_hash, write_shard
 from vlkd.distill.cache.format import MANIFEST, METADATA, write_manifest
+from vlkd.distill.gates import check_alone
 from vlkd.distill.token_distiller import TEACHER, answer_logits
 from vlkd.errors import UserError
 from vlkd.features import IGNORED
@@ -86,6 +87,7 @@ def build_answers(
         if phrases := data_differences(stored.states, states):
             refuse(folder, phrases)
         return stored
+    check_alone([teacher], conversations)
     folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     heads = {shard.file: head_of(own, _part(states, shard)) for shard in _shards(len(states))}

@@ -19,7 +19,7 @@ from vlkd.distill.gates import probe_conversation
 from vlkd.errors import UserError
 from vlkd.models.generative import GenerativeVLM
 
-FORMAT, VERSION = "vlkd-teacher-answers", 1
+FORMAT, VERSION = "vlkd-teacher-answers", 2
 
 StorageType = Literal["float32", "float16"]
 
@@ -96,7 +96,9 @@ def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[s
 def states_of(conversations: Sequence[Conversation]) -> dict[str, str]:
     """By key a hash of each conversation's turns, of the place of its picture and of 256 bytes of that."""
     return {
-        talk.key: row_state(talk.key, tuple(f"{turn.role}: {turn.text}" for turn in talk.turns), talk.image)
+        talk.key: row_state(
+            talk.key, (f"alone: {talk.alone}", *(f"{turn.role}: {turn.text}" for turn in talk.turns)), talk.image
+        )
         for talk in conversations
     }
 

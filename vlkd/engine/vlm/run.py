@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import cast
@@ -19,7 +20,7 @@ from vlkd.data.conversations import Conversation, open_conversations
 from vlkd.data.files import write_whole
 from vlkd.data.loader import BatchStream, plain_errors
 from vlkd.distill.answers.read import StoredAnswers, open_answers
-from vlkd.distill.gates import check_sees, check_switch, check_vocabulary
+from vlkd.distill.gates import check_alone, check_sees, check_switch, check_vocabulary
 from vlkd.distill.token_distiller import STUDENT, TEACHER, TokenDistiller
 from vlkd.engine.accelerator import accelerator_of
 from vlkd.engine.folder import FIRST_WEIGHTS, claim_folder
@@ -78,6 +79,7 @@ def run_vlm(recipe: ModuleType, assignments: Sequence[str]) -> Path:
     with accelerator.main_process_first():
         student = open_student(config, folder, stages, conversations, teacher)
     accelerator.print(f"student: {counts(student)}" + (f"; teacher: {counts(teacher)}" if teacher else ""))
+    check_alone([student, teacher] if teacher else [student], chain.from_iterable(conversations.values()))
     answering = [student, teacher] if teacher and config.report.teacher else [student]
     check_questions([question for own in asked.final.values() for question in own], answering)
     teaching = open_teaching(config, student, teacher, stages, conversations, accelerator)

@@ -14,6 +14,7 @@ from vlkd.distill.token_distiller import STUDENT, TokenDistiller
 from vlkd.engine.distributed import average_gradients, mean_over_ranks
 from vlkd.errors import UserError
 from vlkd.models.label_masks import answer_positions
+from vlkd.models.question_mask import PADDING
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def parts_of(batch: ConversationBatch, size: int) -> Iterator[ConversationBatch]
 
 def _rows(inputs: dict[str, Tensor], own: slice) -> dict[str, Tensor]:
     found = {name: value[own] for name, value in inputs.items()}
-    longest = int(found["mask"].sum(dim=1).max())
+    longest = int((found["mask"] != PADDING).sum(dim=1).max())
     return found | {name: found[name][:, :longest] for name in ("ids", "labels", "mask")}
 
 
