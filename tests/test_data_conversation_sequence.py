@@ -21,6 +21,7 @@ from vlkd.data.loader import BatchStream
 from vlkd.data.sources import ImageFile, Pairs
 from vlkd.errors import UserError
 from vlkd.features import Turn
+from vlkd.models.question_mask import FIRST_QUESTION, PADDING, SHARED
 from vlkd.models.via_llava import load_llava
 
 COUNT = 23
@@ -99,6 +100,26 @@ def test_collated_conversations_are_padded_as_by_hand(talks, prepared):
         said = [turn.text for turn in talks[number].turns if turn.role == "assistant"]
         assert [part.strip() for part in spoken.split("</s>")[:-1]] == said
         assert torch.equal(found["pixels"][row], preparation.image_transform(noise(number)))
+
+
+def test_questions_that_stand_alone_have_numbers_in_the_mask(talks, prepared):
+    """Beside dialogues in one batch, whose tokens all see what is in front of them."""
+    preparation = prepared["small"]
+    mixed = [replace(one, alone=number % 2 == 0) for number, one in enumerate(talks)]
+    found = (batch := whole(ConversationSequence(mixed, {"student": preparation}, seed=3))).inputs["student"]
+    assert found["mask"].dtype == torch.int64
+    for row, number in enumerate(batch.rows.tolist()):
+        turns = mixed[number].turns
+        real = found["mask"][row] != PADDING
+        if mixed[number].alone:
+            ids, labels, numbers = preparation.encode_questions(turns)
+            assert numbers.max() == FIRST_QUESTION - 1 + len(turns) // 2
+        else:
+            ids, labels = preparation.encode(turns)
+            numbers = torch.full_like(ids, SHARED)
+        assert torch.equal(found["ids"][row][real], ids)
+        assert torch.equal(found["labels"][row][real], labels)
+        assert torch.equal(found["mask"][row][real], numbers)
 
 
 def test_workers_change_nothing(talks, prepared):

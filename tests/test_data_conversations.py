@@ -84,6 +84,7 @@ def test_repeated_ids_get_numbers(write):
         ({"choices": [["yes", "no"]] * 3}, "sample 'a7': 3 choices for 2 answers"),
         ({"kinds": "xy"}, "sample 'a7': expected \"kinds\" as"),
         ({"choices": ["yes", "no"]}, "sample 'a7': expected \"kinds\" as"),
+        ({"alone": "yes"}, "sample 'a7': found \"alone\": 'yes'; expected true or false"),
         ({"kinds": ["a", "\ud800"]}, "sample 'a7': expected \"kinds\" as"),
         ({"id": ""}, "sample 1: no id"),
         ({"image": "pictures/two.png"}, "1 of 1 samples are missing, first .*two.png of 'a7'"),
@@ -106,10 +107,11 @@ def test_other_files_are_refused(write, tmp_path):
 
 
 def test_kinds_and_choices_belong_to_answers(write):
-    more = {"kinds": ["animal", ""], "choices": [[], ["yes", "no"]]}
+    more = {"kinds": ["animal", ""], "choices": [[], ["yes", "no"]], "alone": True}
     plain, detailed = read_llava(write(sample(), sample(id="b", **more)))
-    assert (plain.kinds, plain.choices) == ((), ())
+    assert (plain.kinds, plain.choices, plain.alone) == ((), (), False)
     assert (detailed.kinds, detailed.choices) == (("animal", ""), ((), ("yes", "no")))
+    assert detailed.alone
 
 
 def write_tar(path, members):
@@ -148,10 +150,12 @@ def test_reads_shards_of_every_form(tmp_path):
     assert [one.key for one in (first, second, third)] == ["a", "b", "c"]
     assert [one.image.read() for one in (first, second, third)] == [png(0), png(1), png(2)]
     assert first.turns == (Turn("user", "<image>\nIs there a dog?"), Turn("assistant", "no"))
-    assert (first.kinds, first.choices) == (("animal",), ())
+    assert (first.kinds, first.choices, first.alone) == (("animal",), (), False)
     assert [turn.text for turn in second.turns] == ["How many <image>?", "two", "A cat?", "yes"]
     assert (second.kinds, second.choices) == (("", "animal"), ((), ("yes", "no")))
     assert (third.kinds, third.choices) == ((), ())
+    assert second.alone
+    assert third.alone
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from vlkd.distill.answers import build
 from vlkd.distill.answers.build import build_answers
 from vlkd.distill.answers.dense import densify, rounded, sparsify
 from vlkd.distill.answers.fidelity import verify_answers
-from vlkd.distill.answers.format import AnswerSpec
+from vlkd.distill.answers.format import AnswerSpec, states_of
 from vlkd.distill.answers.read import open_answers
 from vlkd.distill.token_distiller import TEACHER, answer_logits
 from vlkd.errors import UserError
@@ -183,6 +183,11 @@ def test_a_build_that_was_stopped_is_continued(tmp_path, teacher, talks, monkeyp
         open_answers(tmp_path / "out", teacher, talks)
     (tmp_path / "out" / "manifest.json").unlink()
     assert build_answers(tmp_path / "out", teacher, talks, SPEC, batch_size=2).manifest["computed"] == 3
+
+
+def test_a_dialogue_and_the_same_questions_alone_have_other_answers(talks):
+    talk = talks[0]
+    assert states_of([talk]) == states_of([replace(talk)]) != states_of([replace(talk, alone=True)])
 
 
 def test_answers_of_something_else_are_refused(tmp_path, teacher, talks):

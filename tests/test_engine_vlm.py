@@ -72,9 +72,10 @@ def test_two_ranks_make_the_gradient_of_one(models):
                 torch.testing.assert_close(found[f"{mode}/{name}"], value, rtol=1e-4, atol=1e-6, msg=f"{mode} {name}")
 
 
-def test_parts_keep_each_conversations_own_answers(models):
+@pytest.mark.parametrize("alone", [False, True])
+def test_parts_keep_each_conversations_own_answers(models, alone):
     student = load_generative(models / "student")
-    whole = colour_batch(NAMES, student=student)
+    whole = colour_batch(NAMES, alone=alone, student=student)
     labels = whole.inputs["student"]["labels"]
     answers = answer_positions(labels).sum(dim=1)
     stored = torch.arange(len(NAMES)).repeat_interleave(answers)
@@ -83,6 +84,7 @@ def test_parts_keep_each_conversations_own_answers(models):
     for part in parts_of(batch, 4):
         own = part.inputs["student"]
         assert own["mask"].any(dim=0).all(), "nothing but padding is left in a column"
+        assert (own["labels"] != -100).sum() == answers[len(seen) : len(seen) + len(part.keys)].sum()
         rows = answer_positions(own["labels"]).nonzero()[:, 0] + len(seen)
         assert part.stored["values"].tolist() == rows.tolist()
         seen += part.keys

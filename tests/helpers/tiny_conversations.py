@@ -23,13 +23,18 @@ def colour_turns(name: str) -> list[Turn]:
     return [Turn("user", f"{IMAGE_PLACEHOLDER}\nWhat colour is it?"), Turn("assistant", name)]
 
 
-def colour_batch(names: Sequence[str], **models: GenerativeVLM) -> ConversationBatch:
-    """A batch of these colours, prepared for each of the models by its own preprocessing."""
+def colour_batch(names: Sequence[str], *, alone: bool = False, **models: GenerativeVLM) -> ConversationBatch:
+    """A batch of these colours, prepared for each of the models by its own preprocessing; asked twice with `alone`."""
     inputs = {}
     images = [colour_image(name) for name in names]
     for role, model in models.items():
         prepared = model.preprocessing
-        rows = [prepared.encode(colour_turns(name), image=image) for name, image in zip(names, images, strict=True)]
+        rows = [
+            prepared.encode_questions(2 * colour_turns(name), image=image)
+            if alone
+            else prepared.encode(colour_turns(name), image=image)
+            for name, image in zip(names, images, strict=True)
+        ]
         inputs[role] = prepared.image_inputs(images) | pad_conversations(rows, prepared.pad_id)
     keys = [f"{index}-{name}" for index, name in enumerate(names)]
     return ConversationBatch(keys=keys, rows=torch.arange(len(keys)), inputs=inputs, stored={}, bad={})
