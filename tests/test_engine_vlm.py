@@ -16,6 +16,7 @@ from vlkd.cli.main import main
 from vlkd.config import override
 from vlkd.data.conversation_sequence import ConversationBatch
 from vlkd.engine.vlm import loop
+from vlkd.engine.vlm.settings import StageSettings
 from vlkd.engine.vlm.smoke import MODEL, shrink_to_smoke
 from vlkd.engine.vlm.stages import wanted_stages
 from vlkd.engine.vlm.step import parts_of
@@ -119,8 +120,32 @@ def test_a_projector_stage_moves_nothing_else(tmp_path):
     assert moved == {name for name in before if "multi_modal_projector" in name}
 
 
+def test_the_vision_tower_may_learn_at_a_rate_of_its_own(tmp_path):
+    """Its steps are so small that nothing moves, beside a language model that does."""
+    out = tmp_path / "run"
+    main(["train", "vlm", "smoke=true", "supervised.vision_lr=1e-30", f"out={out}"])
+    before, after = (load_file(out / name / "model.safetensors") for name in ("start", "student"))
+    still = {name for name in before if (before[name] - after[name]).abs().max() < 1e-20}
+    assert still == {name for name in before if "vision_tower" in name}
+
+
+@pytest.mark.parametrize(("vision_lr", "share"), [(0.0, 1.0), (2e-4, 0.2), (2e-3, 2.0)])
+def test_groups_of_the_optimiser(models, vision_lr, share):
+    distiller = opened(models)
+    groups = loop.rated_groups(distiller, StageSettings(lr=1e-3, vision_lr=vision_lr), 0.05)
+    vision = {id(value) for value in distiller.student.part_parameters("vision")}
+    found = {id(value): group for group in groups for value in group["params"]}
+    trained = [value for value in distiller.parameters() if value.requires_grad]
+    assert len(found) == sum(len(group["params"]) for group in groups) == len(trained)
+    for value in trained:
+        group = found[id(value)]
+        assert group["share"] == pytest.approx(share if id(value) in vision else 1.0)
+        assert group["weight_decay"] == (0.05 if value.ndim > 1 else 0.0)
+
+
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
     words = ["train", "switch_kd", "smoke=true", TAUGHT, "supervised.samples=1", "train.save_steps=1"]
+    words += ["distilled.vision_lr=3e-4"]
     main([*words, f"out={tmp_path / 'whole'}"])
 
     class Killed(Exception):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -23,7 +24,7 @@ from vlkd.engine.distributed import agreed, clip_gradients, copy_from_first_rank
 from vlkd.engine.log import MetricsLog
 from vlkd.engine.loop import share_left_out
 from vlkd.engine.optim import learning_rate, parameter_groups
-from vlkd.engine.vlm.settings import VlmTrain
+from vlkd.engine.vlm.settings import StageSettings, VlmTrain
 from vlkd.engine.vlm.stages import Stage
 from vlkd.engine.vlm.step import VlmStep, backward_step
 from vlkd.models.generative import GenerativeVLM
@@ -93,7 +94,7 @@ def train(
     modules = trained_modules(distiller)
     for module in modules.values():
         copy_from_first_rank(module)
-    optimizer = torch.optim.AdamW(parameter_groups(distiller, settings.weight_decay), lr=own.lr)
+    optimizer = torch.optim.AdamW(rated_groups(distiller, own, settings.weight_decay), lr=own.lr)
     step, seconds, tokens, flop = 0, 0.0, 0.0, 0.0
     if saved := newest_checkpoint(checkpoints):
         state = load_checkpoint(saved, modules=modules, optimizer=optimizer)
@@ -113,7 +114,7 @@ def train(
             batch = next(batches).to(accelerator.device)
         rate = learning_rate(step, steps=steps, peak=own.lr, warmup=own.warmup)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["share"]
         optimizer.zero_grad(set_to_none=True)
         # One step is counted for all: but for their lengths, batches are alike.
         counter = FlopCounterMode(display=False)
@@ -154,6 +155,19 @@ def train(
     return Outcome(
         steps=step, samples=samples, tokens=tokens, seconds=seconds, tflop=samples * flop / 1e12, bad=dict(stream.bad)
     )
+
+
+def rated_groups(distiller: TokenDistiller, own: StageSettings, weight_decay: float) -> list[dict[str, object]]:
+    """The optimiser's groups, each with the `share` of the stage's rate that its parameters take."""
+    vision = {id(value) for value in distiller.student.part_parameters("vision")}
+    shares = {True: own.vision_lr / own.lr if own.vision_lr else 1.0, False: 1.0}
+    found: list[dict[str, object]] = []
+    for group in parameter_groups(distiller, weight_decay):
+        values = cast("list[nn.Parameter]", group["params"])
+        for seeing, share in shares.items():
+            if part := [value for value in values if (id(value) in vision) == seeing]:
+                found.append({**group, "params": part, "share": share})
+    return found
 
 
 def trained_modules(distiller: TokenDistiller) -> dict[str, nn.Module]:

@@ -43,6 +43,8 @@ class StageSettings:
         data: its own sources; () takes those of `data.train`.
         batch_size: of all ranks together.
         lr: peak learning rate of AdamW; behind it a cosine to zero.
+        vision_lr: that of the vision tower; 0 takes `lr`. One with weights forgets at rates that suit a random language
+            model; LLaVA-OneVision (Li et al., 2024, arXiv:2408.03326) trains it at a fifth.
         warmup: share of the stage's steps in which the rate rises to its peak.
         parts: what learns, of vision, projector and language.
     """
@@ -51,11 +53,13 @@ class StageSettings:
     data: tuple[str, ...] = ()
     batch_size: int = 32
     lr: float = 1e-3
+    vision_lr: float = 0.0
     warmup: float = 0.03
     parts: tuple[str, ...] = ("vision", "projector", "language")
 
     def __post_init__(self) -> None:
         check_range("stage", self, samples=(0, None), batch_size=(1, None), lr=(1e-12, None), warmup=(0, 1))
+        check_range("stage", self, vision_lr=(0, None))
 
 
 @dataclass(frozen=True, kw_only=True)
