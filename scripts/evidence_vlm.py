@@ -3,9 +3,10 @@
     python scripts/evidence_vlm.py --teacher runs/teacher/student --out runs/evidence_vlm --jobs 2 \\
         --set data.train=vqa/train data.val=vqa/val data.test=vqa/test distilled.samples=30000
 
-`--set` passes settings of `vlkd train switch_kd` on to every run. Each run has a process of its own and a log beside
-its folder. Finished runs are kept and others continued, so the same command goes on where it stopped; what fails is
-listed at the end and stops nothing. The table has means over seeds with Student's 95 % intervals, and the differences
+`--set` passes settings of `vlkd train switch_kd` on to every run; `{seed}` in them is the run's seed, so that methods may
+go on from students that were prepared by seed (`start=runs/base-{seed}/student`). Each run has a process of its own and a
+log beside its folder. Finished runs are kept and others continued, so the same command goes on where it stopped; what fails
+is listed at the end and stops nothing. The table has means over seeds with Student's 95 % intervals, and the differences
 from answers alone, paired by seed.
 """
 
@@ -93,7 +94,8 @@ def run_all(args: argparse.Namespace, jobs: Sequence[tuple[str, int]]) -> dict[t
 def run(args: argparse.Namespace, method: str, seed: int) -> tuple[float, str]:
     """One training run in a process of its own: its seconds, 0 for one that was there, and what went wrong."""
     out = args.out / f"{method}-{seed}"
-    words = ["train", "switch_kd", *args.settings, *METHODS[method], f"teacher.ref={args.teacher}", f"seed={seed}"]
+    settings = [word.replace("{seed}", str(seed)) for word in args.settings]
+    words = ["train", "switch_kd", *settings, *METHODS[method], f"teacher.ref={args.teacher}", f"seed={seed}"]
     noted = out.with_name(out.name + ".command")
     if (out / "results.jsonl").is_file():
         same = noted.is_file() and noted.read_text().split("\n") == words
