@@ -3,11 +3,11 @@
     python scripts/evidence_vlm.py --teacher runs/teacher/student --out runs/evidence_vlm --jobs 2 \\
         --set data.train=vqa/train data.val=vqa/val data.test=vqa/test distilled.samples=30000
 
-`--set` passes settings of `vlkd train switch_kd` on to every run; `{seed}` in them is the run's seed, so that methods may
-go on from students that were prepared by seed (`start=runs/base-{seed}/student`). Each run has a process of its own and a
-log beside its folder. Finished runs are kept and others continued, so the same command goes on where it stopped; what fails
-is listed at the end and stops nothing. The table has means over seeds with Student's 95 % intervals, and the differences
-from answers alone, paired by seed.
+`--set` passes settings of `vlkd train switch_kd` on to every run; `{seed}` in them is the run's seed, so that methods
+may go on from students that were prepared by seed (`start=runs/base-{seed}/student`). Each run has a process of its
+own and a log beside its folder. Finished runs are kept and others continued, so the same command goes on where it
+stopped; what fails is listed at the end and stops nothing. The table has means over seeds with Student's 95 %
+intervals, and the differences from answers alone, paired by seed.
 """
 
 from __future__ import annotations
