@@ -8,6 +8,12 @@ The two stages of LLaVA (Liu et al., 2023, arXiv:2304.08485): first the projecto
 cross-entropy of the answers' tokens. `data.train` takes LLaVA files and VQA shards; `vlkd prep easy_vqa`,
 `scene_questions` and `box_questions` write some. The student is a folder that `vlkd eval vqa`, `vlkd predict` and, with
 a CLIP or SigLIP tower, plain transformers open.
+
+A random language model learns to read a pretrained tower before it pays to move that: at rates that suit the one, the
+other forgets what no answer asked for yet.
+
+    vlkd train vlm model.vision=timm:NAME model.vision_weights=FILE data.train=vqa/train projector.samples=24000 \\
+        projector.parts=projector,language supervised.samples=10000 supervised.vision_lr=2e-4 out=runs/vlm
 """
 
 from __future__ import annotations
