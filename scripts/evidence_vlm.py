@@ -18,13 +18,15 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from vlkd.metrics.seeds import t_interval
 
 ALONE = "answers"
+DIFFERENCES = ("all questions", "mean of kinds")
+"""Rows that are followed by the differences from answers alone."""
 METHODS = {
     ALONE: ["method.align=0", "method.switch=0"],
     "token-kl": ["method.switch=0", "method.match=kl"],
@@ -122,40 +124,49 @@ def rows_of(folder: Path) -> dict[str, dict]:
 
 
 def print_tables(found: Mapping[str, Sequence[Mapping[str, dict]]]) -> None:
-    """Markdown: accuracy overall and per kind, differences from answers alone, cost."""
+    """Markdown, a column for each method: accuracy overall and per kind, differences from answers alone, cost."""
     first = next(iter(found.values()))[0]["student"]
     kinds = list(first["per_kind"])
-    print(f"\n{first['counts']['questions']} questions of {first['split']}, {first['samples']} conversations\n")
-    print(f"| method | all | less answers alone | {' | '.join(kinds)} | not parsed |")
-    print("|---|" + "---|" * (len(kinds) + 3))
     teacher = next((one["teacher"] for seeds in found.values() for one in seeds if "teacher" in one), None)
-    if teacher:
-        cells = [percent([value]) for value in figures(teacher, kinds)]
-        print(f"| teacher, {teacher['parameters'] / 1e6:.1f} M | {cells[0]} | | {' | '.join(cells[1:])} |")
-    base = found.get(ALONE)
-    for method, seeds in found.items():
-        own = [figures(one["student"], kinds) for one in seeds]
-        cells = [percent(values) for values in zip(*own, strict=True)]
-        against = "" if base is None or seeds is base else difference(seeds, base)
-        print(f"| {method} | {cells[0]} | {against} | {' | '.join(cells[1:])} |")
-    print("\n| method | seconds | TFLOP | conversations a second |\n|---|---|---|---|")
-    for method, seeds in found.items():
-        rows = [one["student"] for one in seeds]
-        seconds = sum(row["seconds"] for row in rows) / len(rows)
-        print(f"| {method} | {seconds:.0f} | {rows[0]['tflop']:.1f} | {rows[0]['samples'] / seconds:.1f} |")
+    taught = [f"teacher, {teacher['parameters'] / 1e6:.1f} M"] if teacher else []
+    print(f"\n{first['counts']['questions']} questions of {first['split']}, {first['samples']} conversations\n")
+    print(f"| | {' | '.join([*taught, *found])} |\n|---|{'---|' * (len(found) + len(taught))}")
+    base = found.get(ALONE, ())
+    for name, figure in figures(kinds).items():
+        values = {method: by_seed(seeds, figure) for method, seeds in found.items()}
+        own = [percent([figure(teacher)])] if teacher else []
+        print(f"| {name} | {' | '.join([*own, *(percent(list(seen.values())) for seen in values.values())])} |")
+        if base and len(found) > 1 and name in DIFFERENCES:
+            beside = by_seed(base, figure)
+            cells = [
+                "" if method == ALONE else percent([seen[seed] - beside[seed] for seed in seen], sign="+")
+                for method, seen in values.items()
+            ]
+            print(f"| less answers alone | {' | '.join([*([''] * len(own)), *cells])} |")
+    seconds = {method: sum(one["student"]["seconds"] for one in seeds) / len(seeds) for method, seeds in found.items()}
+    rows = {
+        "seconds of training": [f"{value:.0f}" for value in seconds.values()],
+        "TFLOP": [f"{seeds[0]['student']['tflop']:.1f}" for seeds in found.values()],
+        "conversations a second": [f"{first['samples'] / value:.1f}" for value in seconds.values()],
+    }
+    for name, cells in rows.items():
+        print(f"| {name} | {' | '.join([*([''] * len(taught)), *cells])} |")
 
 
-def figures(row: Mapping, kinds: Sequence[str]) -> list[float]:
-    """All questions, each kind, not parsed."""
-    return [row["accuracy"], *(row["per_kind"][kind]["accuracy"] for kind in kinds), row["metrics"]["parse_failures"]]
+def figures(kinds: Sequence[str]) -> dict[str, Callable[[Mapping], float]]:
+    """By name of the table's row what it reads of a model's figures."""
+    found: dict[str, Callable[[Mapping], float]] = {
+        "all questions": lambda row: row["accuracy"],
+        "mean of kinds": lambda row: sum(row["per_kind"][kind]["accuracy"] for kind in kinds) / len(kinds),
+    }
+    for kind in kinds:
+        found[kind] = lambda row, kind=kind: row["per_kind"][kind]["accuracy"]  # type: ignore[misc]
+    return found | {"not parsed": lambda row: row["metrics"]["parse_failures"]}
 
 
-def difference(ours: Sequence[Mapping[str, dict]], theirs: Sequence[Mapping[str, dict]]) -> str:
-    """Mean difference of the seeds that both have."""
-    base = {one["student"]["seed"]: one["student"]["accuracy"] for one in theirs}
-    values = [one["student"]["accuracy"] - base[one["student"]["seed"]] for one in ours
-              if one["student"]["seed"] in base]  # fmt: skip
-    return percent(values, sign="+")
+def by_seed(seeds: Sequence[Mapping[str, dict]], figure: Callable[[Mapping], float]) -> dict[int, float]:
+    """The student's figure of each seed."""
+    return {one["student"]["seed"]: figure(one["student"]) for one in seeds}
 
 
 def percent(values: Sequence[float], *, sign: str = "") -> str:
