@@ -24,11 +24,11 @@ from pathlib import Path
 
 from vlkd.metrics.seeds import t_interval
 
-ALONE = "answers"
+BASE = "answers"
 DIFFERENCES = ("all questions", "mean of kinds")
 """Rows that are followed by the differences from answers alone."""
 METHODS = {
-    ALONE: ["method.align=0", "method.switch=0"],
+    BASE: ["method.align=0", "method.switch=0"],
     "token-kl": ["method.switch=0", "method.match=kl"],
     "align": ["method.switch=0"],
     "switch": ["method.align=0"],
@@ -39,7 +39,7 @@ METHODS = {
     "visual": ["method.align=0", "method.switch=0", "method.visual=1"],
     "relation": ["method.align=0", "method.switch=0", "method.relation=1"],
 }
-CHOSEN = (ALONE, "token-kl", "align", "switch", "switch-kd")
+CHOSEN = (BASE, "token-kl", "align", "switch", "switch-kd")
 
 
 def main() -> None:
@@ -131,7 +131,7 @@ def print_tables(found: Mapping[str, Sequence[Mapping[str, dict]]]) -> None:
     taught = [f"teacher, {teacher['parameters'] / 1e6:.1f} M"] if teacher else []
     print(f"\n{first['counts']['questions']} questions of {first['split']}, {first['samples']} conversations\n")
     print(f"| | {' | '.join([*taught, *found])} |\n|---|{'---|' * (len(found) + len(taught))}")
-    base = found.get(ALONE, ())
+    base = found.get(BASE, ())
     for name, figure in figures(kinds).items():
         values = {method: by_seed(seeds, figure) for method, seeds in found.items()}
         own = [percent([figure(teacher)])] if teacher else []
@@ -139,7 +139,9 @@ def print_tables(found: Mapping[str, Sequence[Mapping[str, dict]]]) -> None:
         if base and len(found) > 1 and name in DIFFERENCES:
             beside = by_seed(base, figure)
             cells = [
-                "" if method == ALONE else percent([seen[seed] - beside[seed] for seed in seen], sign="+")
+                percent([seen[seed] - beside[seed] for seed in seen if seed in beside], sign="+")
+                if method != BASE
+                else ""
                 for method, seen in values.items()
             ]
             print(f"| less answers alone | {' | '.join([*([''] * len(own)), *cells])} |")
@@ -170,7 +172,9 @@ def by_seed(seeds: Sequence[Mapping[str, dict]], figure: Callable[[Mapping], flo
 
 
 def percent(values: Sequence[float], *, sign: str = "") -> str:
-    """Mean [95 % interval over seeds]."""
+    """Mean [95 % interval over seeds]; "" for none."""
+    if not values:
+        return ""
     text = f"{100 * sum(values) / len(values):{sign}.1f}"
     interval = t_interval(values)
     return text if interval is None else f"{text} [{100 * interval[0]:{sign}.1f}, {100 * interval[1]:{sign}.1f}]"

@@ -169,6 +169,7 @@ def test_reads_shards_of_every_form(tmp_path):
         ({"qa": [["What?", 3]]}, "sample 'a': a question that is not"),
         ({"qa": [["What?", " "]]}, "sample 'a': an answer without words"),
         ({"qa": [["<image>?", "a"], ["<image>", "b"]]}, "sample 'a': 2 times <image>"),
+        ({"qa": [ASKED], "alone": False}, 'sample \'a\': "alone" beside "qa", whose questions are'),
         ({"qa": [ASKED | {"kind": 3}]}, "sample 'a': expected \"kinds\" as"),
         ({"qa": [ASKED | {"choices": "yes"}]}, "sample 'a': expected \"kinds\" as"),
         ({"conversations": [human("What?")]}, "sample 'a': the turns are user"),

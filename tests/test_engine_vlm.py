@@ -199,6 +199,7 @@ def config_of(tmp_path: Path, *words: str) -> list[str]:
 REFUSALS = {
     "vision": (["distilled.parts=projector,language"], "teaches the vision tower alone"),
     "part": (["distilled.parts=eyes"], "expected some of vision, projector, language"),
+    "still": (["projector.samples=32", "projector.vision_lr=1e-4"], "the vision tower does not learn in this stage"),
     "short": (["distilled.samples=8"], "is less than a batch of 16"),
     "none": (["distilled.samples=0"], "Every stage has no samples"),
     "untaught": (["teacher.ref="], "reads a teacher and none is named"),

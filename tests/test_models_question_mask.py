@@ -165,10 +165,27 @@ class Talk:
     alone, turns = True, TURNS
 
 
+def test_one_question_a_row_needs_no_mask_of_ours(vlm):
+    """And so no language model is refused for it."""
+    image = tiny_images(1)[0]
+    rows = [vlm.preprocessing.encode_questions(single(number), image=image) for number in range(4)]
+    found = vlm.preprocessing.pad(rows)
+    assert found["mask"].dtype == torch.bool
+    wanted = vlm.preprocessing.pad([vlm.preprocessing.encode(single(number), image=image) for number in range(4)])
+    assert torch.equal(answer_targets(found["labels"]), answer_targets(wanted["labels"]))
+
+
 def test_a_language_model_without_masks_of_ours_is_refused(vlm, monkeypatch):
     check_alone([vlm], [Talk()])
     monkeypatch.setattr(type(vlm), "forward_logits", forgetful(type(vlm).forward_logits))
     with pytest.raises(UserError, match="answers questions otherwise where they share a picture"):
+        check_alone([vlm], [Talk()])
+
+    def raises(*_, **__):
+        raise ValueError("too many values to unpack")
+
+    monkeypatch.setattr(type(vlm), "forward_logits", raises)
+    with pytest.raises(UserError, match=r"cannot answer questions that share a picture \(too many values to unpack\)"):
         check_alone([vlm], [Talk()])
 
 

@@ -173,7 +173,10 @@ def test_timm_weights_of_a_vlkd_folder(kind, tmp_path):
     assert tower.state_dict().keys() == wanted.state_dict().keys()
     assert all(torch.equal(value, wanted.state_dict()[key]) for key, value in tower.state_dict().items())
     with pytest.raises(UserError, match="does not fit its model"):
-        load_timm_weights(build_image_tower("resnet10t", ""), str(folder))
+        load_timm_weights(build_image_tower(name, '{"in_chans": 1}'), str(folder))
+    # Towers of equal shapes may want other pixels: the name decides.
+    with pytest.raises(UserError, match=f"The image tower of .* is '{name}', expected 'resnet14t'"):
+        load_timm_weights(build_image_tower("resnet14t", ""), str(folder))
 
 
 def test_timm_weights_of_a_folder_without_a_vlkd_model(tmp_path):

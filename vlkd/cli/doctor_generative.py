@@ -70,11 +70,12 @@ def on_drawn(model: GenerativeVLM) -> str:
 def on_data(model: GenerativeVLM, data: str) -> str:
     """How answers to real questions depend on their pictures, in words."""
     from vlkd.data.conversations import open_conversations
-    from vlkd.distill.gates import check_sees
+    from vlkd.distill.gates import check_alone, check_sees
     from vlkd.distill.token_distiller import TEACHER
     from vlkd.engine.vlm.batches import batches_of, sequence_of
 
     conversations = open_conversations([data])
+    check_alone([model], conversations)
     shown = sequence_of({TEACHER: model}, conversations[:: max(1, len(conversations) // SHOWN)][:SHOWN], seed=0)
     found = check_sees(model, batches_of(shown, AT_A_TIME, model.device))
     return (

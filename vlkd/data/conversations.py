@@ -106,7 +106,8 @@ def read_llava(file: Path, root: Path | None = None) -> list[Conversation]:
 def read_vqa_shards(shards: Sequence[Path]) -> list[Conversation]:
     """The conversations of shards of one source, in their order; written for instance by `vlkd.data.vqa_writer`.
 
-    A sample is KEY.jpg (png, webp) and KEY.json = {"conversations": [LLaVA's turns], "kinds"?, "choices"?}, or
+    A sample is KEY.jpg (png, webp) and KEY.json = {"conversations": [LLaVA's turns], "kinds"?, "choices"?,
+    "alone"?}, or
     {"qa": [[QUESTION, ANSWER] or {"question", "answer", "kind"?, "choices"?}, ...]}, whose questions are each asked by
     themselves. The picture is beside its questions, so an `<image>` that is missing is put before the first one.
 
@@ -196,6 +197,8 @@ def _shard_entry(shard: Path, sample: IndexedSample, where: str) -> dict[str, An
     if not isinstance(entry, dict) or ("qa" in entry) == ("conversations" in entry):
         raise UserError(f"{where}: expected {SHARD_FORM}.")
     if "qa" in entry:
+        if entry.get("alone", True) is not True:
+            raise UserError(f'{where}: "alone" beside "qa", whose questions are; write a dialogue as "conversations".')
         entry = _from_pairs(entry["qa"], where)
     said = entry["conversations"]
     spoken = isinstance(said, list) and said and all(map(_is_turn, said))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,13 +19,20 @@ from vlkd.models.base import evaluating
 from vlkd.models.generative import GenerativeVLM
 from vlkd.models.golden import SENTENCES, probe_images
 from vlkd.models.label_masks import answer_targets, encode_conversation
+from vlkd.models.tokenizer import first_line
 from vlkd.objectives.token_logits import token_kl
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 LEAST = 1e-3
 """Nats of change per answer token below which a teacher counts as blind."""
 
 PROBE = (*SENTENCES, "No, 12 of 345.", "yes")
 """Answers that two models must write in the same tokens."""
+
+ASKED = ("What?", "Is it red?")
+"""Questions that must have the same answers together as one by one, short enough for any context."""
 
 
 def check_vocabulary(student: GenerativeVLM, teacher: GenerativeVLM) -> int:
@@ -131,23 +139,26 @@ def check_alone(models: Iterable[GenerativeVLM], conversations: Iterable[Convers
         prepared = replace(model.preprocessing, chat=replace(model.preprocessing.chat, context_length=0))
         together = [prepared.encode_questions(turns, image=image)]
         alone = [prepared.encode(turns[first : first + 2], image=image) for first in range(0, len(turns), 2)]
-        with torch.no_grad(), evaluating(model):
-            found, wanted = (
-                answer_logits(
-                    model,
-                    {
-                        name: value.to(model.device)
-                        for name, value in (prepared.image_inputs([image] * len(rows)) | prepared.pad(rows)).items()
-                    },
-                ).float()
-                for rows in (together, alone)
-            )
+        try:
+            with torch.no_grad(), evaluating(model):
+                found, wanted = (_probe_logits(model, rows, image) for rows in (together, alone))
+        except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
+            raise UserError(
+                f"{model.name} cannot answer questions that share a picture ({first_line(error)}): its language model "
+                "takes no attention mask or no positions of its own; give each question a conversation of its own."
+            ) from error
         if found.shape != wanted.shape or not torch.allclose(found, wanted, rtol=1e-3, atol=1e-3):
             raise UserError(
                 f"{model.name} answers questions otherwise where they share a picture than one by one: its language "
                 "model takes no attention mask or no positions of its own; give each question a conversation of its "
                 "own."
             )
+
+
+def _probe_logits(model: GenerativeVLM, rows: Sequence[tuple[Tensor, ...]], image: Image) -> Tensor:
+    """Logits of encoded conversations about one picture, (A, V) float32."""
+    inputs = model.preprocessing.image_inputs([image] * len(rows)) | model.preprocessing.pad(rows)
+    return answer_logits(model, {name: value.to(model.device) for name, value in inputs.items()}).float()
 
 
 def check_sees(teacher: GenerativeVLM, batches: Iterable[ConversationBatch]) -> dict[str, float]:

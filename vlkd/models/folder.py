@@ -28,8 +28,12 @@ KINDS = {
     "vlkd-vlm": ("a generative model", "vlkd.models.load_generative.load_generative"),
 }
 """The formats of `model.json`, each in words and with the function that reads it."""
-IMAGE_TOWERS = {"vlkd-model": "image_tower.", "vlkd-classifier": "trunk.tower.", "vlkd-vlm": "tower."}
-"""What stands before the keys of the timm image tower in the weights of each format."""
+IMAGE_TOWERS = {
+    "vlkd-model": ("image", "image_tower."),
+    "vlkd-classifier": ("image", "trunk.tower."),
+    "vlkd-vlm": ("vision", "tower."),
+}
+"""Of the timm image tower in each format: where `model.json` names it, and what its keys begin with."""
 
 
 def read_format(folder: Path) -> str:

@@ -148,6 +148,8 @@ def encode_questions(
 
     In a conversation with several questions later answers can be read off earlier ones ("Is there a red cup?", "What is
     red?") without a look at the picture. Here a question sees the picture and itself, see `vlkd.models.question_mask`.
+    `<image>` goes in front of each question, as in evaluation. The row may be longer than the context, which is that of
+    the picture and one question; its mask takes T^2, so a picture with hundreds of questions is better written as two.
 
     Args:
         chat: from `open_chat`.
@@ -203,7 +205,7 @@ def prompt_ids(chat: Chat, turns: Sequence[Turn] | str, *, visual_tokens: int) -
 def pad_conversations(rows: Sequence[tuple[Tensor, ...]], pad_id: int, *, left: bool = False) -> dict[str, Tensor]:
     """`ids`, `labels` (B, T) int64 and `mask` (B, T) of encoded conversations, T the longest.
 
-    The mask is bool, or the numbers of `vlkd.models.question_mask` where a row has them.
+    The mask is bool, or the numbers of `vlkd.models.question_mask` where a row has several questions.
 
     Args:
         rows: from `encode_conversation` or `encode_questions`.
@@ -218,7 +220,8 @@ def pad_conversations(rows: Sequence[tuple[Tensor, ...]], pad_id: int, *, left: 
         place = slice(longest - len(own), longest) if left else slice(0, len(own))
         ids[index, place], labels[index, place] = own, own_labels
         mask[index, place] = numbers[0] if numbers else SHARED
-    numbered = any(len(row) > 2 for row in rows)
+    # With one question a row there is nothing to hide, and every language model takes a bool mask.
+    numbered = bool((mask > FIRST_QUESTION).any())
     return {"ids": ids, "labels": labels, "mask": mask if numbered else mask != PADDING}
 
 

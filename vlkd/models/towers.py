@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vlkd.errors import UserError
 from vlkd.models.base import evaluating
-from vlkd.models.folder import IMAGE_TOWERS, WEIGHTS, read_format
+from vlkd.models.folder import IMAGE_TOWERS, MODEL_JSON, WEIGHTS, read_format
 from vlkd.models.quiet import without_bars
 from vlkd.models.tokenizer import first_line
 
@@ -226,22 +226,33 @@ def average_cells(maps: Tensor) -> Tensor:
 def load_timm_weights(tower: Any, path: str) -> None:
     """Load a safetensors file with timm's keys, or the image tower of a vlkd folder, into a tower.
 
-    Classifiers are left out, timm's and those of a folder.
+    Classifiers are left out, timm's and those of a folder, of which the tower is taken and not how it crops.
 
     Raises:
-        UserError: the file is missing or pickled, the folder has no timm tower, or keys or shapes are not the tower's.
+        UserError: the file is missing or pickled, the folder has no timm tower of this name, or keys or shapes are not
+            the tower's.
     """
     if Path(path).is_dir():
-        prefix = IMAGE_TOWERS.get(read_format(Path(path)))
-        if prefix is None:
-            raise UserError(f"Found no vlkd model in {path}, expected one or a safetensors file; check the path.")
-        found = read_safetensors(Path(path) / WEIGHTS)
-        weights = {key.removeprefix(prefix): value for key, value in found.items() if key.startswith(prefix)}
+        weights = _tower_of_folder(Path(path), str(tower.pretrained_cfg.get("architecture") or ""))
     else:
         classifier = tower.pretrained_cfg.get("classifier") or "classifier"
         heads = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
         weights = {key: value for key, value in read_safetensors(path).items() if not key.startswith(heads)}
     load_exactly(tower, weights, str(path))
+
+
+def _tower_of_folder(folder: Path, wanted: str) -> dict[str, Tensor]:
+    """The weights of a vlkd folder's image tower by timm's keys; one of another name may fit and see other pixels."""
+    form = read_format(folder)
+    if form not in IMAGE_TOWERS:
+        raise UserError(f"Found no vlkd model in {folder}, expected one or a safetensors file; check the path.")
+    place, prefix = IMAGE_TOWERS[form]
+    layout = json.loads((folder / MODEL_JSON).read_text(encoding="utf-8"))
+    name = str(layout.get(place, {}).get("timm", ""))
+    if wanted and name.partition(".")[0] != wanted:
+        raise UserError(f"The image tower of {folder} is {name!r}, expected {wanted!r}; name the same one.")
+    found = read_safetensors(folder / WEIGHTS)
+    return {key.removeprefix(prefix): value for key, value in found.items() if key.startswith(prefix)}
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:

@@ -79,7 +79,7 @@ def run_vlm(recipe: ModuleType, assignments: Sequence[str]) -> Path:
     with accelerator.main_process_first():
         student = open_student(config, folder, stages, conversations, teacher)
     accelerator.print(f"student: {counts(student)}" + (f"; teacher: {counts(teacher)}" if teacher else ""))
-    check_alone([student, teacher] if teacher else [student], chain.from_iterable(conversations.values()))
+    check_alone([student], chain.from_iterable(conversations.values()))
     answering = [student, teacher] if teacher and config.report.teacher else [student]
     check_questions([question for own in asked.final.values() for question in own], answering)
     teaching = open_teaching(config, student, teacher, stages, conversations, accelerator)
@@ -131,7 +131,8 @@ def open_teaching(
     """What the stages are taught by, checked against the student; and that the teacher looks at pictures is shown.
 
     Raises:
-        UserError: vocabularies, visual tokens or widths do not fit, or the teacher does not look at the picture.
+        UserError: vocabularies, visual tokens or widths do not fit, or the teacher does not look at the picture, or not
+            at each question by itself.
     """
     taught = [stage for stage in stages if stage.taught]
     if not taught or teacher is None:
@@ -145,6 +146,7 @@ def open_teaching(
         # Stages may have data of their own with keys in common.
         every = [open_answers(Path(settings.stored), teacher, conversations[stage.name]) for stage in taught]
         return Teaching(stored=every[0], vocabulary=vocabulary)
+    check_alone([teacher], chain.from_iterable(conversations[stage.name] for stage in taught))
     if settings.see:
         own = conversations[taught[0].name]
         shown = sequence_of({TEACHER: teacher}, own[:: max(1, len(own) // settings.see)], seed=config.seed)

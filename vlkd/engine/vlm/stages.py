@@ -70,6 +70,11 @@ def _check(stage: Stage, teacher: str, stored: str) -> None:
         raise UserError(
             f"{stage.name}.parts={','.join(settings.parts) or 'nothing'}: expected some of {', '.join(PARTS)}."
         )
+    if settings.vision_lr and "vision" not in settings.parts:
+        raise UserError(
+            f"{stage.name}.vision_lr={settings.vision_lr}, and the vision tower does not learn in this stage; add "
+            f"vision to {stage.name}.parts, or leave the rate out."
+        )
     if stage.taught and not teacher:
         raise UserError(
             f"The stage {stage.name!r} reads a teacher and none is named; set teacher.ref=REF, or "
