@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from helpers.tiny_models import tiny_images
 from helpers.tiny_vlms import write_llava, write_llava_next, write_timm_vlm
 
+from vlkd.cli.main import main
 from vlkd.distill.gates import check_alone
 from vlkd.distill.token_distiller import answer_logits
 from vlkd.errors import TooLong, UserError
@@ -187,6 +189,40 @@ def test_a_language_model_without_masks_of_ours_is_refused(vlm, monkeypatch):
     monkeypatch.setattr(type(vlm), "forward_logits", raises)
     with pytest.raises(UserError, match=r"cannot answer questions that share a picture \(too many values to unpack\)"):
         check_alone([vlm], [Talk()])
+
+
+@pytest.mark.parametrize("who", ["student", "teacher", "stored", "doctor"])
+def test_every_command_that_reads_such_questions_asks_first(tmp_path, monkeypatch, capsys, who):
+    path = tmp_path / "talks.json"
+    said = [{"from": "human" if turn.role == "user" else "gpt", "value": turn.text} for turn in TURNS]
+    tiny_images(1)[0].save(tmp_path / "a.png")
+    talk = {"image": "a.png", "conversations": said, "alone": True}
+    path.write_text(json.dumps([{"id": str(number)} | talk for number in range(16)]))
+    model = write_llava(tmp_path / "model")
+    kind = type(load_generative(model))
+    whole, mended = kind.forward_logits, forgetful(kind.forward_logits)
+    taught = write_llava(tmp_path / "student", seed=1)
+    words = {
+        "student": ["train", "vlm", f"start={taught}"],
+        "teacher": ["train", "switch_kd", f"start={taught}", f"teacher.ref={model}"],
+        "stored": ["cache", "answers", "--teacher", str(model), "--data", str(path), "--out", str(tmp_path / "stored")],
+        "doctor": ["doctor", str(model), "--data", str(path)],
+    }[who]
+    if who in ("student", "teacher"):
+        stage = "supervised" if who == "student" else "distilled"
+        words += [f"data.train={path}", f"{stage}.samples=16", f"{stage}.batch_size=16", f"out={tmp_path / 'run'}"]
+    # Of the two models in a run, it is the teacher alone that forgets.
+    blamed = model.name if who == "teacher" else ""
+    monkeypatch.setattr(
+        kind,
+        "forward_logits",
+        lambda self, *given, **more: (mended if blamed in self.name else whole)(self, *given, **more),
+    )
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code
+    captured = capsys.readouterr()
+    assert "answers questions otherwise where they share a picture" in captured.err + captured.out
 
 
 def forgetful(forward):

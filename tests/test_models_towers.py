@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import timm
 import torch
@@ -181,6 +183,13 @@ def test_timm_weights_of_a_vlkd_folder(kind, tmp_path):
 
 def test_timm_weights_of_a_folder_without_a_vlkd_model(tmp_path):
     with pytest.raises(UserError, match=r"Found no vlkd model in .*, expected one or a safetensors file"):
+        load_timm_weights(build_image_tower("resnet10t", TINY_IMAGE["image_kwargs"]), str(tmp_path))
+
+
+@pytest.mark.parametrize("image", [None, "resnet10t", {}, {"timm": 3}])
+def test_timm_weights_of_a_folder_that_names_no_tower(tmp_path, image):
+    (tmp_path / "model.json").write_text(json.dumps({"format": "vlkd-model", "version": 1, "image": image}))
+    with pytest.raises(UserError, match=r"model\.json names no image tower under 'image'; write the model again"):
         load_timm_weights(build_image_tower("resnet10t", TINY_IMAGE["image_kwargs"]), str(tmp_path))
 
 

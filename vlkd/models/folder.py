@@ -45,6 +45,23 @@ def read_format(folder: Path) -> str:
     return str(found.get("format", "")) if isinstance(found, dict) else ""
 
 
+def read_image_tower(folder: Path) -> tuple[str, str]:
+    """timm's name of a folder's image tower, and what its keys begin with.
+
+    Raises:
+        UserError: there is no vlkd model in the folder, or its `model.json` names no tower.
+    """
+    form = read_format(folder)
+    if form not in IMAGE_TOWERS:
+        raise UserError(f"Found no vlkd model in {folder}, expected one or a safetensors file; check the path.")
+    place, prefix = IMAGE_TOWERS[form]
+    tower = json.loads((folder / MODEL_JSON).read_text(encoding="utf-8")).get(place)
+    name = tower.get("timm") if isinstance(tower, dict) else None
+    if not isinstance(name, str):
+        raise UserError(f"{folder / MODEL_JSON} names no image tower under {place!r}; write the model again.")
+    return name, prefix
+
+
 def read_layout(folder: Path, form: str, version: int) -> dict[str, Any]:
     """The content of `model.json`.
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vlkd.errors import UserError
 from vlkd.models.base import evaluating
-from vlkd.models.folder import IMAGE_TOWERS, MODEL_JSON, WEIGHTS, read_format
+from vlkd.models.folder import WEIGHTS, read_image_tower
 from vlkd.models.quiet import without_bars
 from vlkd.models.tokenizer import first_line
 
@@ -243,12 +243,7 @@ def load_timm_weights(tower: Any, path: str) -> None:
 
 def _tower_of_folder(folder: Path, wanted: str) -> dict[str, Tensor]:
     """The weights of a vlkd folder's image tower by timm's keys; one of another name may fit and see other pixels."""
-    form = read_format(folder)
-    if form not in IMAGE_TOWERS:
-        raise UserError(f"Found no vlkd model in {folder}, expected one or a safetensors file; check the path.")
-    place, prefix = IMAGE_TOWERS[form]
-    layout = json.loads((folder / MODEL_JSON).read_text(encoding="utf-8"))
-    name = str(layout.get(place, {}).get("timm", ""))
+    name, prefix = read_image_tower(folder)
     if wanted and name.partition(".")[0] != wanted:
         raise UserError(f"The image tower of {folder} is {name!r}, expected {wanted!r}; name the same one.")
     found = read_safetensors(folder / WEIGHTS)
