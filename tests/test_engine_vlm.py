@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,10 @@ def test_the_vision_tower_may_learn_at_a_rate_of_its_own(tmp_path):
     before, after = (load_file(out / name / "model.safetensors") for name in ("start", "student"))
     still = {name for name in before if (before[name] - after[name]).abs().max() < 1e-20}
     assert still == {name for name in before if "vision_tower" in name}
+    lr = json.loads((out / "config.json").read_text())["supervised"]["lr"]
+    told = [(row["lr"], row["lr/vision"]) for row in lines(out / "metrics.jsonl") if "lr" in row]
+    assert told
+    assert all(seeing * lr == pytest.approx(rate * 1e-30, rel=1e-9, abs=0) for rate, seeing in told)
 
 
 @pytest.mark.parametrize(("vision_lr", "share"), [(0.0, 1.0), (2e-4, 0.2), (2e-3, 2.0)])

@@ -132,6 +132,7 @@ def train(
             interval, shares = clock.split()
             seconds += interval
             row = figures(distiller, found) | {"gradient_norm": float(norm), "lr": rate}
+            row |= {"lr/vision": rate * own.vision_lr / own.lr} if own.vision_lr else {}
             # Both models are passed through in one graph, so the rest is not divided between them.
             row |= {"time/data": shares["data"], "time/models": 1 - shares["data"]}
             row["samples_per_second"] = (step - logged) * own.batch_size / interval
