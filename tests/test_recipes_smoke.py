@@ -218,6 +218,23 @@ def test_a_wrong_word_is_one_sentence(words, part, capsys):
     assert part in refused(capsys, *words)
 
 
+def test_progress_in_a_file_is_a_line_each_ten_seconds():
+    """A bar writes at its first step and at its end; without this it would write all hundred."""
+    script = (
+        "import time; clock = iter(range(10**6)); time.time = lambda: next(clock) / 5\n"
+        "from vlkd.cli.main import calm_bars; calm_bars(); from tqdm import tqdm\n"
+        "for _ in tqdm(range(100), miniters=1): pass"
+    )
+    own = {name: value for name, value in os.environ.items() if not name.startswith("TQDM_")}
+
+    def bars(**more: str) -> int:
+        command = [sys.executable, "-c", script]
+        done = subprocess.run(command, env=own | more, capture_output=True, text=True, check=True)
+        return done.stderr.count("it/s")
+
+    assert bars() < 10 < 50 < bars(TQDM_MININTERVAL="0.1")
+
+
 def test_data_that_do_not_exist_are_one_sentence(tmp_path, capsys):
     words = ["train", "retriever", f"out={tmp_path / 'run'}", "train.device=cpu"]
     assert "data.train" in refused(capsys, *words)

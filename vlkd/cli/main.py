@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -49,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if words[0] not in VERBS:
             raise UserError(f"vlkd has no verb {words[0]!r}; there are {', '.join(VERBS)}.")
         keep_freed_memory()
+        calm_bars()
         importlib.import_module(f"vlkd.cli.{words[0]}").main(words[1:])
     except UserError as error:
         say(f"vlkd: {error}")
@@ -65,6 +67,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             "space on its disk, then run the same command again."
         )
         raise SystemExit(2) from error
+
+
+def calm_bars() -> None:
+    """Progress that goes to a file is written each ten seconds; the user's own TQDM_MININTERVAL stays."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", "10")
 
 
 def say(sentence: str) -> None:
