@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.tiny_conversations import colour_batch
+from helpers.tiny_vlms import write_timm_vlm
 from helpers.vlm_ranks import NAMES, opened, run_vlm_rank, vlm_step, write_models
 from helpers.vlm_runs import lines, refused
 from safetensors.torch import load_file
@@ -252,6 +253,37 @@ def test_a_student_of_a_timm_vision_learns_from_a_teacher_of_one(tmp_path):
     main([*given, f"teacher.ref={tmp_path / 'teacher'}"])
     student = load_generative(tmp_path / "run")
     assert student.visual_width == load_generative(tmp_path / "teacher").visual_width
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_batch_norms_may_keep_their_statistics(tmp_path, frozen):
+    """While their weights learn, and after a look at validation questions too."""
+    words = ["model.vision=timm:test_efficientnet", "model.image_size=64", "method.align=0", "method.switch=0"]
+    given = config_of(tmp_path, *words, "teacher.see=0", f"distilled.freeze_batch_norm={frozen}")
+    shown = next(word.partition("=")[2] for word in given if word.startswith("data.train="))
+    main([*given, f"data.val={shown}", "train.validations=2", "train.val_questions=4"])
+    before, after = (load_file(tmp_path / "run" / name / "model.safetensors") for name in ("start", "student"))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    norms = {name.removesuffix("running_mean") for name in before if name.endswith("running_mean")}
+    assert norms
+    for name in norms:
+        assert name + "weight" in moved
+        assert (name + "running_mean" in moved, name + "running_var" in moved) == (not frozen, not frozen)
+
+
+def test_parts_of_a_batch_are_the_whole_where_batch_norms_are_frozen(tmp_path):
+    write_timm_vlm(tmp_path / "teacher", seed=1)
+    write_timm_vlm(tmp_path / "student", seed=2, tokenizer=str(tmp_path / "teacher"))
+    distiller = opened(tmp_path).train()
+
+    def gap() -> float:
+        whole, parts = (vlm_step(distiller, NAMES, micro_batch=size) for size in (0, 2))
+        return max(float((whole[name] - value).abs().max()) for name, value in parts.items())
+
+    assert gap() > 1e-3
+    loop.freeze_batch_norm(distiller.student)
+    assert distiller.student.training
+    assert gap() < 1e-5
 
 
 def test_stages_are_those_with_samples():

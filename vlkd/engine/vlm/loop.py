@@ -108,6 +108,8 @@ def train(
     bar = tqdm(total=steps * own.batch_size, initial=step * own.batch_size, unit="sample", desc=stage.name,
                disable=not writing)  # fmt: skip
     distiller.train()
+    if own.freeze_batch_norm:
+        freeze_batch_norm(distiller.student)
     batches = iter(stream)
     while step < steps:
         with clock.part("data"):
@@ -156,6 +158,13 @@ def train(
     return Outcome(
         steps=step, samples=samples, tokens=tokens, seconds=seconds, tflop=samples * flop / 1e12, bad=dict(stream.bad)
     )
+
+
+def freeze_batch_norm(model: nn.Module) -> None:
+    """Let batch norms normalise by their running statistics, and leave these as they are, in training mode too."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
 
 
 def rated_groups(distiller: TokenDistiller, own: StageSettings, weight_decay: float) -> list[dict[str, object]]:

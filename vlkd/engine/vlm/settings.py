@@ -47,6 +47,9 @@ class StageSettings:
             model; LLaVA-OneVision (Li et al., 2024, arXiv:2408.03326) trains it at a fifth.
         warmup: share of the stage's steps in which the rate rises to its peak.
         parts: what learns, of vision, projector and language.
+        freeze_batch_norm: batch norms of the student keep their running statistics, as in evaluation, and their weights
+            still learn. For vision towers of convolutions that come with weights: the statistics of a few pictures
+            are others than those the projector was trained on. One that starts at random needs those of its batches.
     """
 
     samples: int = 0
@@ -56,6 +59,7 @@ class StageSettings:
     vision_lr: float = 0.0
     warmup: float = 0.03
     parts: tuple[str, ...] = ("vision", "projector", "language")
+    freeze_batch_norm: bool = False
 
     def __post_init__(self) -> None:
         check_range("stage", self, samples=(0, None), batch_size=(1, None), lr=(1e-12, None), warmup=(0, 1))
