@@ -91,7 +91,7 @@ def plan(args: argparse.Namespace) -> list[Job]:
     for seed in range(args.seeds):
         for shots in args.shots:
             for name, changes in METHODS.items():
-                once = name in WITHOUT_LABELS
+                once = name in WITHOUT_LABELS and FEW_SHOT not in args.settings
                 if name not in args.methods or (once and shots != args.shots[0]):
                     continue
                 taught = name != LABELS
