@@ -44,6 +44,7 @@ def main(argv: Sequence[str]) -> None:
     check_numbers(args, batch_size=1, k=1)
 
     from vlkd.data.eval_set import open_eval_set
+    from vlkd.errors import UserError
     from vlkd.protocols.agreement import agreement
     from vlkd.suite.job import check_references
 
@@ -51,19 +52,26 @@ def main(argv: Sequence[str]) -> None:
     data = open_eval_set(args.data)
     check_kind(data, args.data)
     teacher, teacher_score, unreadable = scores_of(args.teacher, data, args.batch_size)
-    rows = []
+    rows, problems = [], []
     for ref in args.model:
-        student, student_score, _ = scores_of(ref, data, args.batch_size)
-        measured = agreement(teacher, student, k=args.k, teacher_score=teacher_score, student_score=student_score)
+        try:
+            student, student_score, _ = scores_of(ref, data, args.batch_size)
+            measured = agreement(teacher, student, k=args.k, teacher_score=teacher_score, student_score=student_score)
+        except UserError as error:
+            problems.append(f"{ref} was left out: {error}")
+            continue
         rows.append({
             "task": measured.task, "teacher": args.teacher, "model": ref, "data": args.data, "kind": data.kind,
             "metrics": dict(measured.metrics), "interval": measured.interval, "random_score": measured.random_score,
             "teacher_score": teacher_score, "student_score": student_score, "counts": dict(measured.counts),
             "unreadable": unreadable, "notes": dict(measured.notes),
         })  # fmt: skip
-    print(table(rows))
-    if args.json:
+    if rows:
+        print(table(rows))
+    if args.json and rows:
         print(json.dumps({"command": "eval agreement", "results": rows}, allow_nan=False))
+    if problems:
+        raise UserError(" ".join(problems))
 
 
 def check_kind(data: EvalSet, path: str) -> None:

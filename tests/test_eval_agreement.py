@@ -83,6 +83,15 @@ def test_classes_are_the_candidates_of_classification(command, refs, tmp_path, c
         assert row["metrics"]["retention"] == row["student_score"] / row["teacher_score"]
 
 
+def test_a_student_that_cannot_be_loaded_takes_no_other_away(command, refs, captioned, capsys):
+    (Path(refs[1]) / "model.safetensors").write_bytes(b"no weights")
+    words = ["--teacher", refs[0], "--model", refs[1], refs[0], "--data", captioned[0], "--json"]
+    with pytest.raises(UserError, match=r"m1 was left out: .*model\.safetensors"):
+        command.main(words)
+    (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    assert row["model"] == refs[0]
+
+
 def test_selections_are_refused(command, refs):
     with pytest.raises(UserError, match="x is a set for selection"):
         command.check_kind(type("Set", (), {"kind": "selection"})(), "x")
