@@ -147,11 +147,13 @@ def test_two_models_are_compared_question_by_question(place, tmp_path, capsys):
         (["--answers", "{place}"], "is a folder; expected a file"),
         (["--model", "{place}/none"], "Found no folder"),
         (["--model", "{place}/unfinished"], "has no student yet"),
+        (["--model", "{place}/refused"], "has no student yet"),
         (["--data", "{place}/none.json"], "none.json"),
     ],
 )
 def test_refusals(place, tmp_path, capsys, words, sentence):
     (place / "unfinished" / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (place / "refused" / "start").mkdir(parents=True, exist_ok=True)
     with pytest.raises(SystemExit):
         evaluate(place, tmp_path, *(word.format(place=place) for word in words))
     assert sentence in capsys.readouterr().err

@@ -112,7 +112,7 @@ def student_of(ref: str) -> str:
         return ref
     if (folder / STUDENT / "model.json").is_file():
         return str(folder / STUDENT)
-    if (folder / "metrics.jsonl").is_file() or (folder / "checkpoints").is_dir():
+    if any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints", "start")):
         raise UserError(
             f"The run {ref} has no student yet, expected {folder / STUDENT}; train it to its end, the same command "
             "continues it."
