@@ -18,7 +18,7 @@ from vlkd.data.sources import ImageFile
 from vlkd.distill.answers import build
 from vlkd.distill.answers.build import build_answers
 from vlkd.distill.answers.dense import densify, rounded, sparsify
-from vlkd.distill.answers.fidelity import verify_answers
+from vlkd.distill.answers.fidelity import error_in_words, verify_answers
 from vlkd.distill.answers.format import AnswerSpec, states_of
 from vlkd.distill.answers.read import open_answers
 from vlkd.distill.token_distiller import TEACHER, answer_logits
@@ -261,6 +261,19 @@ def test_the_error_of_storing_is_measured(tmp_path, teacher, talks):
     for name in ("kl", "token_kl at tau 1/difference", "token_kl at tau 3/difference", "dbild/difference"):
         assert errors[32][name] < errors[2][name]
     assert errors[32]["dbild/value"] == pytest.approx(errors[2]["dbild/value"])
+
+
+def test_errors_are_told_as_shares_of_their_losses():
+    errors = {
+        "tokens": 9.0,
+        "kept": 0.5,
+        "dbild/value": 2.0,
+        "dbild/difference": 0.5,
+        "kl/value": 0.0,
+        "kl/difference": 0,
+    }
+    assert error_in_words(errors) == "dbild by 25.0%"
+    assert error_in_words({}) == ""
 
 
 def test_verification_finds_flipped_bytes_and_other_numbers(tmp_path, teacher, talks):

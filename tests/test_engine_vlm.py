@@ -236,6 +236,30 @@ def test_what_cannot_be_is_refused_in_a_sentence(tmp_path, capsys, case):
     assert sentence.endswith((".", "?"))
 
 
+@pytest.mark.parametrize("match", ["dbild", "kl"])
+def test_a_stored_teacher_teaches_what_a_running_one_does(tmp_path, capsys, match):
+    """All its tokens are stored, in float32; with fewer, it is said at the start what that changes."""
+    given = config_of(
+        tmp_path, "method.switch=0", f"method.match={match}", "train.log_steps=1", "teacher.see=0", "seed=3"
+    )
+    data, teacher = (next(word.partition("=")[2] for word in given if word.startswith(name))
+                     for name in ("data.train=", "teacher.ref="))  # fmt: skip
+    size = load_generative(teacher).vocabulary
+    main(["cache", "answers", "--teacher", teacher, "--data", data, "--out", str(tmp_path / "stored"),
+          "--top", str(size), "--dtype", "float32"])  # fmt: skip
+    main([*given, f"out={tmp_path / 'running'}"])
+    capsys.readouterr()
+    main([*given, f"teacher.stored={tmp_path / 'stored'}"])
+    told = capsys.readouterr().out
+    assert f"its stored answers, {size} of {size} tokens, change dbild by 0." in told
+    assert "token_kl at tau 1 by 0.0%" in told
+    running, stored = (lines(tmp_path / name / "metrics.jsonl") for name in ("running", "run"))
+    losses = [[row["loss/align"] for row in rows if "loss/align" in row] for rows in (running, stored)]
+    assert len(losses[0]) == 2
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+    assert min(losses[0]) > 1e-5
+
+
 def test_a_bridge_maps_another_width_and_stays_behind(tmp_path):
     given = config_of(tmp_path, "model.vision_width=32", "teacher.bridge=true", "teacher.see=0", "train.log_steps=1")
     main(given)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -51,6 +51,13 @@ def measured_error(teacher: GenerativeVLM, batches: Iterable[ConversationBatch],
             sums[name] = sums.get(name, 0.0) + float(value.sum())
     tokens = sums.pop("tokens", 0.0)
     return {"tokens": tokens, **{name: value / tokens for name, value in sums.items()}}
+
+
+def error_in_words(error: Mapping[str, float]) -> str:
+    """One line from `measured_error`: by how much of its value each loss was changed, "" where none was measured."""
+    names = sorted({name.partition("/")[0] for name in error if "/" in name})
+    shares = {name: error[f"{name}/difference"] / error[f"{name}/value"] for name in names if error[f"{name}/value"]}
+    return ", ".join(f"{name} by {share:.1%}" for name, share in shares.items())
 
 
 def verify_answers(

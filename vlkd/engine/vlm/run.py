@@ -19,6 +19,7 @@ from vlkd.data.conversation_sequence import ConversationSequence
 from vlkd.data.conversations import Conversation, open_conversations
 from vlkd.data.files import write_whole
 from vlkd.data.loader import BatchStream, plain_errors
+from vlkd.distill.answers.fidelity import error_in_words
 from vlkd.distill.answers.read import StoredAnswers, open_answers
 from vlkd.distill.gates import check_alone, check_sees, check_switch, check_vocabulary
 from vlkd.distill.token_distiller import STUDENT, TEACHER, TokenDistiller
@@ -145,6 +146,10 @@ def open_teaching(
     if settings.stored:
         # Stages may have data of their own with keys in common.
         every = [open_answers(Path(settings.stored), teacher, conversations[stage.name]) for stage in taught]
+        manifest = every[0].manifest
+        if words := error_in_words(manifest.get("error", {})):
+            top = f"{manifest['identity']['top']} of {every[0].vocabulary} tokens"
+            accelerator.print(f"teacher: its stored answers, {top}, change {words} of the value")
         return Teaching(stored=every[0], vocabulary=vocabulary)
     check_alone([teacher], chain.from_iterable(conversations[stage.name] for stage in taught))
     if settings.see:
