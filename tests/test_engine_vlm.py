@@ -251,7 +251,7 @@ def test_a_stored_teacher_teaches_what_a_running_one_does(tmp_path, capsys, matc
     capsys.readouterr()
     main([*given, f"teacher.stored={tmp_path / 'stored'}"])
     told = capsys.readouterr().out
-    assert f"its stored answers, {size} of {size} tokens, change dbild by 0." in told
+    assert f"its answers were stored as {size} of {size} tokens, which changes dbild by 0." in told
     assert "token_kl at tau 1 by 0.0%" in told
     running, stored = (lines(tmp_path / name / "metrics.jsonl") for name in ("running", "run"))
     losses = [[row["loss/align"] for row in rows if "loss/align" in row] for rows in (running, stored)]

@@ -222,7 +222,7 @@ def test_progress_in_a_file_is_a_line_each_ten_seconds():
     """A bar writes at its first step and at its end; without this it would write all hundred."""
     script = (
         "import time; clock = iter(range(10**6)); time.time = lambda: next(clock) / 5\n"
-        "from vlkd.cli.main import calm_bars; calm_bars(); from tqdm import tqdm\n"
+        "from vlkd.cli.main import main; main(['ls']); from tqdm import tqdm\n"
         "for _ in tqdm(range(100), miniters=1): pass"
     )
     own = {name: value for name, value in os.environ.items() if not name.startswith("TQDM_")}

@@ -149,7 +149,7 @@ def open_teaching(
         manifest = every[0].manifest
         if words := error_in_words(manifest.get("error", {})):
             top = f"{manifest['identity']['top']} of {every[0].vocabulary} tokens"
-            accelerator.print(f"teacher: its stored answers, {top}, change {words} of the value")
+            accelerator.print(f"teacher: its answers were stored as {top}, which changes {words}")
         return Teaching(stored=every[0], vocabulary=vocabulary)
     check_alone([teacher], chain.from_iterable(conversations[stage.name] for stage in taught))
     if settings.see:
