@@ -17,7 +17,7 @@ from vlkd import recipes
 from vlkd.cli.main import main
 from vlkd.config import override
 from vlkd.data.conversation_sequence import ConversationBatch
-from vlkd.engine.vlm import loop
+from vlkd.engine.vlm import loop, run
 from vlkd.engine.vlm.settings import StageSettings
 from vlkd.engine.vlm.smoke import MODEL, shrink_to_smoke
 from vlkd.engine.vlm.stages import wanted_stages
@@ -147,6 +147,24 @@ def test_groups_of_the_optimiser(models, vision_lr, share):
         group = found[id(value)]
         assert group["share"] == pytest.approx(share if id(value) in vision else 1.0)
         assert group["weight_decay"] == (0.05 if value.ndim > 1 else 0.0)
+
+
+def test_the_layout_of_convolutions_changes_no_loss(tmp_path, monkeypatch):
+    """Both towers are in it, and the losses of a run are those of the plain layout."""
+    layouts = []
+
+    def noting(distiller, *rest):
+        weights = [value for model in (distiller.student, distiller.teacher) for value in model.parameters()]
+        layouts.append([one.is_contiguous(memory_format=torch.channels_last) for one in weights if one.ndim == 4])
+        return loop.train(distiller, *rest)
+
+    monkeypatch.setattr(run, "train", noting)
+    losses = {}
+    for last in ("true", "false"):
+        main(["train", "switch_kd", "smoke=true", TAUGHT, f"train.channels_last={last}", f"out={tmp_path / last}"])
+        losses[last] = [row["loss"] for row in lines(tmp_path / last / "metrics.jsonl") if "loss" in row]
+    assert layouts == [[True, True], [False, False]]
+    assert losses["true"] == pytest.approx(losses["false"], rel=1e-4)
 
 
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch):

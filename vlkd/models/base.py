@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Item = TypeVar("Item")
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +162,6 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             child.training = training
 
 
-def channels_last(model: DualEncoderModule) -> DualEncoderModule:
-    """The model in the layout in which the CPU's bf16 convolutions are about twice as fast, and no others slower."""
+def channels_last(model: Module) -> Module:
+    """The model in the layout that convolutions prefer: on a CPU a step in fp32 takes about two thirds of the time."""
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]

@@ -29,6 +29,7 @@ from vlkd.engine.classify.teaching import Teaching, prepare_teacher
 from vlkd.engine.classify.watch import Watch
 from vlkd.engine.folder import claim_folder
 from vlkd.errors import UserError
+from vlkd.models.base import channels_last
 from vlkd.models.classifier import Classifier
 from vlkd.models.classifier_spec import build_classifier
 from vlkd.models.composite import load_composite
@@ -118,7 +119,7 @@ def build_student(
     zeta = teaching.teacher.zeta if teaching is not None else 1.0
     student = build_classifier(spec, pool.classes, class_vectors=vectors, zeta=zeta, name=str(folder / STUDENT))
     if config.train.channels_last:
-        student = student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        student = channels_last(student)
     return student
 
 

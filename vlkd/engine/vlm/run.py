@@ -33,6 +33,7 @@ from vlkd.engine.vlm.settings import VlmRun
 from vlkd.engine.vlm.smoke import shrink_to_smoke
 from vlkd.engine.vlm.stages import SWITCH, Stage, wanted_stages
 from vlkd.engine.vlm.watch import Watch, open_asked
+from vlkd.models.base import channels_last
 from vlkd.models.generative import PARTS, GenerativeVLM, Part
 from vlkd.models.llava_spec import LANGUAGE
 from vlkd.models.load_generative import build_vlm, load_generative
@@ -79,6 +80,9 @@ def run_vlm(recipe: ModuleType, assignments: Sequence[str]) -> Path:
     teacher = load_generative(config.teacher.ref, device=accelerator.device) if config.teacher.ref else None
     with accelerator.main_process_first():
         student = open_student(config, folder, stages, conversations, teacher)
+    if config.train.channels_last:
+        for model in [student, teacher] if teacher else [student]:
+            channels_last(model)
     accelerator.print(f"student: {counts(student)}" + (f"; teacher: {counts(teacher)}" if teacher else ""))
     check_alone([student], chain.from_iterable(conversations.values()))
     answering = [student, teacher] if teacher and config.report.teacher else [student]

@@ -100,6 +100,7 @@ class VlmTrain:
             whole. Losses are means over the answer tokens of the whole batch either way.
         weight_decay: on matrices alone, never on biases and norms.
         clip: largest norm of the gradient; 0 does not clip.
+        channels_last: both vision towers in the layout that convolutions prefer.
         checkpointing: recompute the blocks of the student's language model in the backward pass.
         precision: "bf16" runs both models under autocast; objectives are float32.
         log_steps: between lines of metrics.jsonl.
@@ -115,6 +116,7 @@ class VlmTrain:
     micro_batch: int = 0
     weight_decay: float = 0.05
     clip: float = 1.0
+    channels_last: bool = True
     checkpointing: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
     log_steps: int = 20
