@@ -223,6 +223,7 @@ def config_of(tmp_path: Path, *words: str) -> list[str]:
 REFUSALS = {
     "vision": (["distilled.parts=projector,language"], "teaches the vision tower alone"),
     "part": (["distilled.parts=eyes"], "expected some of vision, projector, language"),
+    "norms": (["distilled.freeze_batch_norm=true"], "the student has no batch norms"),
     "still": (["projector.samples=32", "projector.vision_lr=1e-4"], "the vision tower does not learn in this stage"),
     "short": (["distilled.samples=8"], "is less than a batch of 16"),
     "none": (["distilled.samples=0"], "Every stage has no samples"),

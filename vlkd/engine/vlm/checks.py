@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from torch import nn
+
 from vlkd.data.conversations import Conversation
 from vlkd.data.images import open_image
 from vlkd.data.questions import Question
 from vlkd.engine.vlm.stages import Stage
 from vlkd.errors import UserError
 from vlkd.features import IMAGE_PLACEHOLDER, Turn
+from vlkd.models.base import batch_norms
 from vlkd.models.generative import GenerativeVLM
 from vlkd.protocols.vqa import form_of, prompt_of
 
@@ -30,6 +33,17 @@ def check_data(stages: Sequence[Stage], conversations: Mapping[str, Sequence[Con
                 f"The data of the stage {stage.name!r} hold {count} conversations, less than a batch of {batch}; give "
                 f"more, or set {stage.name}.batch_size lower."
             )
+
+
+def check_batch_norms(student: nn.Module, stages: Sequence[Stage]) -> None:
+    """Refuse `freeze_batch_norm` where there is nothing to freeze.
+
+    Raises:
+        UserError: a stage sets it and the student has no batch norms.
+    """
+    for stage in stages:
+        if stage.settings.freeze_batch_norm and not batch_norms(student):
+            raise UserError(f"{stage.name}.freeze_batch_norm=true, and the student has no batch norms; leave it out.")
 
 
 def check_questions(questions: Sequence[Question], models: Iterable[GenerativeVLM]) -> None:

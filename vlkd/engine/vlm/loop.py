@@ -27,6 +27,7 @@ from vlkd.engine.optim import learning_rate, parameter_groups
 from vlkd.engine.vlm.settings import StageSettings, VlmTrain
 from vlkd.engine.vlm.stages import Stage
 from vlkd.engine.vlm.step import VlmStep, backward_step
+from vlkd.models.base import batch_norms
 from vlkd.models.generative import GenerativeVLM
 
 Watch = Callable[[GenerativeVLM], Mapping[str, float]]
@@ -162,9 +163,8 @@ def train(
 
 def freeze_batch_norm(model: nn.Module) -> None:
     """Let batch norms normalise by their running statistics, and leave these as they are, in training mode too."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()
+    for module in batch_norms(model):
+        module.eval()
 
 
 def rated_groups(distiller: TokenDistiller, own: StageSettings, weight_decay: float) -> list[dict[str, object]]:

@@ -26,7 +26,7 @@ from vlkd.distill.token_distiller import STUDENT, TEACHER, TokenDistiller
 from vlkd.engine.accelerator import accelerator_of
 from vlkd.engine.folder import FIRST_WEIGHTS, claim_folder
 from vlkd.engine.vlm.batches import batches_of, sequence_of
-from vlkd.engine.vlm.checks import check_data, check_questions
+from vlkd.engine.vlm.checks import check_batch_norms, check_data, check_questions
 from vlkd.engine.vlm.finish import finish
 from vlkd.engine.vlm.loop import Before, Outcome, train
 from vlkd.engine.vlm.settings import VlmRun
@@ -84,6 +84,7 @@ def run_vlm(recipe: ModuleType, assignments: Sequence[str]) -> Path:
         for model in [student, teacher] if teacher else [student]:
             channels_last(model)
     accelerator.print(f"student: {counts(student)}" + (f"; teacher: {counts(teacher)}" if teacher else ""))
+    check_batch_norms(student, stages)
     check_alone([student], chain.from_iterable(conversations.values()))
     answering = [student, teacher] if teacher and config.report.teacher else [student]
     check_questions([question for own in asked.final.values() for question in own], answering)

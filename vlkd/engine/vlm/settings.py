@@ -49,7 +49,8 @@ class StageSettings:
         parts: what learns, of vision, projector and language.
         freeze_batch_norm: batch norms of the student keep their running statistics, as in evaluation, and their weights
             still learn. For vision towers of convolutions that come with weights: the statistics of a few pictures
-            are others than those the projector was trained on. One that starts at random needs those of its batches.
+            are others than those the projector was trained on. One that starts at random needs those of its batches,
+            and a student without batch norms is refused.
     """
 
     samples: int = 0
