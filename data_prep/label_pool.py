@@ -5,7 +5,8 @@ vlkd prep label_pool --pool photos --probabilities pool.safetensors --strategy p
 The probabilities are a model's: `vlkd predict RUN photos --save-probabilities pool.safetensors`. The choice is
 rounds/round-001.txt, one key a line in the order of choice; round-001.csv says beside it what the model thought. Label
 the images, train, predict anew and run the command again: new probabilities make the next round, and images of earlier
-rounds are not chosen again. The same command twice changes nothing.
+rounds are not chosen again. The same command twice changes nothing. A run leaves the keys whose labels it used in
+RUN/labelled.txt (--labelled), and those that it kept for validation, if any, in RUN/held_out.txt (--leave-out).
 
 Strategies: pcoreset, images that cover the model's class probabilities (k-centre in probability space, ActiveKD, Kang
 et al., 2025, arXiv:2506.00910); feature_k_centre, the same on features; entropy and margin, the least certain images;
@@ -35,7 +36,7 @@ ROUND = re.compile(r"round-(\d{3,})\.txt")
 EPILOG = """examples:
   vlkd prep label_pool --pool photos --probabilities pool.safetensors --strategy pcoreset --count 100 --out rounds
   vlkd prep label_pool --pool photos --probabilities pool-2.safetensors --strategy entropy --count 50 \\
-    --labelled first.txt --labelled more.txt --out rounds_entropy --seed 1 --json
+    --labelled runs/first/labelled.txt --leave-out runs/first/held_out.txt --out rounds_entropy --seed 1 --json
 """
 
 
@@ -48,15 +49,16 @@ def main(argv: Sequence[str]) -> None:
 
     if args.seed < 0:
         raise UserError(f"Found --seed {args.seed}; expected 0 or more.")
-    pool = read_pool(args.probabilities)
-    number, earlier = _round(args.out, args.round, pool.fingerprint())
+    whole = read_pool(args.probabilities)
+    pool = _without(whole, args.leave_out)
+    number, earlier = _round(args.out, args.round, whole.fingerprint())
     chosen, sizes = _chosen_rows(pool, [*args.labelled, *earlier], args.probabilities)
-    missing = _check_pool(args.pool, pool, chosen, args.probabilities)
+    missing = _check_pool(args.pool, whole, {pool.keys[row] for row in chosen}, args.probabilities)
     settings = {
         "strategy": args.strategy,
         "count": args.count,
         "seed": args.seed,
-        "probabilities": pool.fingerprint(),
+        "probabilities": whole.fingerprint(),
         "images": len(pool.keys),
         "labelled": len(chosen),
         "labelled_keys": hashlib.sha256(json.dumps(sorted(pool.keys[row] for row in chosen)).encode()).hexdigest()[:16],
@@ -76,6 +78,8 @@ def main(argv: Sequence[str]) -> None:
         return
     for file, size in sizes:
         print(f"{file}: {size} images that count as labelled")
+    if len(pool.keys) < len(whole.keys):
+        print(f"{len(whole.keys) - len(pool.keys)} images are left out")
     if missing:
         print(f"{len(missing)} images of {args.pool} have no probabilities and cannot be chosen, first {missing[0]}")
     if done:
@@ -102,6 +106,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--labelled", type=Path, action="append", default=[], metavar="LIST.txt",
         help="keys that are labelled already, one a line; may be given several times",
+    )  # fmt: skip
+    parser.add_argument(
+        "--leave-out", type=Path, action="append", default=[], metavar="LIST.txt",
+        help="keys that are never chosen and count for nothing, such as validation images; may be given several times",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder of the rounds")
     parser.add_argument(
@@ -166,6 +174,31 @@ def _is_done(place: Path, settings: dict[str, Any]) -> bool:
     return place.exists() and place.with_suffix(".csv").exists()
 
 
+def _without(pool: PoolFile, lists: Sequence[Path]) -> PoolFile:
+    """The pool without the images of the lists; raises `UserError` for a list that names none of them."""
+    from dataclasses import replace
+
+    from vlkd.data.labelled import read_lines
+    from vlkd.errors import UserError
+
+    gone: set[str] = set()
+    for path in lists:
+        keys = {key for key in read_lines(path) if key}
+        if not keys & set(pool.keys):
+            raise UserError(
+                f"--leave-out {path}: none of its {len(keys)} keys has probabilities; expected keys such as "
+                f"{pool.keys[0]!r}: mend the list, or leave it out."
+            )
+        gone |= keys
+    rows = [row for row, key in enumerate(pool.keys) if key not in gone]
+    return replace(
+        pool,
+        keys=tuple(pool.keys[row] for row in rows),
+        probabilities=pool.probabilities[rows],
+        features=None if pool.features is None else pool.features[rows],
+    )
+
+
 def _chosen_rows(
     pool: PoolFile, lists: Sequence[Path], probabilities: Path
 ) -> tuple[NDArray[np.int64], list[tuple[Path, int]]]:
@@ -191,7 +224,7 @@ def _chosen_rows(
     return np.array(sorted(rows), dtype=np.int64), sizes
 
 
-def _check_pool(ref: str, pool: PoolFile, chosen: NDArray[np.int64], probabilities: Path) -> list[str]:
+def _check_pool(ref: str, pool: PoolFile, labelled: set[str], probabilities: Path) -> list[str]:
     """Images of the pool without a row; raises `UserError` for rows that are neither of the pool nor labelled."""
     from vlkd.data.sources import open_pairs, place_of
     from vlkd.errors import UserError
@@ -201,7 +234,7 @@ def _check_pool(ref: str, pool: PoolFile, chosen: NDArray[np.int64], probabiliti
     split = split or (Path(place).absolute().name if Path(place).is_dir() else "")
     # A key below the root has the split's folder in front.
     forms = [{key, f"{split}/{key}"} if split else {key} for key in keys]
-    known, labelled = set[str]().union(*forms), {pool.keys[row] for row in chosen}
+    known = set[str]().union(*forms)
     strange = [key for key in pool.keys if key not in known and key not in labelled]
     if strange:
         raise UserError(

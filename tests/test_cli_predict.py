@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -226,6 +227,43 @@ def test_from_a_run_to_new_labels_to_a_run(tmp_path, capsys):
     again = [f"data.root={root}", shots, *sizes, "train.device=cpu", f"out={tmp_path / 'again'}"]
     main(["train", "dho", "method.distillation=0", *again])
     assert "55 of them show their label" in capsys.readouterr().out
+
+
+def test_rounds_leave_out_what_validation_took(tmp_path):
+    """Without a split for validation a part of the pool is held out: no round names it, and the next run takes it."""
+    smoke = tmp_path / "smoke"
+    main(["train", "dho", "smoke=true", "method.distillation=0", f"out={smoke}"])
+    root = json.loads((smoke / "config.json").read_text())["data"]["root"]
+    words = ["train", "dho", "method.distillation=0", f"data.root={root}", "data.val=", "model.image=test_resnet",
+             "model.image_size=32", "train.batch_size=8", "train.samples=16", "train.device=cpu"]  # fmt: skip
+    run, pool = tmp_path / "run", tmp_path / "pool.safetensors"
+    main([*words, "data.shots=1", f"out={run}"])
+    labelled, held_out = ((run / name).read_text().splitlines() for name in ("labelled.txt", "held_out.txt"))
+    classes = {Path(key).parent for key in labelled}
+    assert len(labelled) == len(classes) == len(list((Path(root) / "train").iterdir()))
+    assert len(held_out) == round(0.2 * 60)
+    main(["predict", str(run), f"{root}#train", "--out", str(tmp_path / "p.csv"), "--save-probabilities", str(pool)])
+    left = 60 - len(labelled) - len(held_out)
+    main([
+        "prep", "label_pool", "--pool", f"{root}#train", "--probabilities", str(pool), "--strategy", "pcoreset",
+        "--labelled", str(run / "labelled.txt"), "--leave-out", str(run / "held_out.txt"),
+        "--count", str(left), "--out", str(tmp_path / "rounds"),
+    ])  # fmt: skip
+    chosen = (tmp_path / "rounds/round-001.txt").read_text().splitlines()
+    assert len({*chosen, *labelled, *held_out}) == 60
+    (tmp_path / "all.txt").write_text("\n".join([*labelled, *chosen]))
+    main([*words, f"data.shots={tmp_path / 'all.txt'}", f"out={tmp_path / 'again'}"])
+    assert (tmp_path / "again/held_out.txt").read_text().splitlines() == held_out
+    assert len((tmp_path / "again/labelled.txt").read_text().splitlines()) == left + len(labelled)
+
+
+def test_a_run_that_has_not_ended_says_so(models, data, tmp_path, capsys):
+    shutil.copytree(models / "run", tmp_path / "run")
+    for ended in (True, False):
+        predict([str(tmp_path / "run"), str(data / "train"), "--out", str(tmp_path / f"{ended}.csv")])
+        assert ("has not ended: this is its student so far" in capsys.readouterr().err) != ended
+        (tmp_path / "run/results.jsonl").unlink(missing_ok=True)
+        (tmp_path / "run/metrics.jsonl").touch()
 
 
 @pytest.mark.parametrize(

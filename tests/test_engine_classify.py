@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -136,6 +137,10 @@ def test_every_variant_runs_and_leaves_a_classifier_and_a_report(name, tmp_path)
     assert 0 <= row["acc1"] <= 1
     assert row["notes"]["alpha"] == student.alpha
     assert (row["compute"]["teacher_tflop"] > 0) == ("teacher.ref=x" in VARIANTS[name])
+    # PCGrad has a backward pass, twice a forward one, for each of two groups.
+    passes = 5 if name == "pcgrad" else 3
+    forward = forward_flop(student, student, student.preprocessing.image_size)
+    assert row["compute"]["student_tflop"] == pytest.approx(passes * row["samples"] * forward / 1e12, rel=1e-3)
     assert (folder / "report.html").read_text(encoding="utf-8").rstrip().endswith("</html>")
     if name in ("labels", "teacher"):
         assert (student.teacher_head, student.alpha) == (None, 1)
@@ -260,16 +265,16 @@ def test_a_run_that_goes_on_knows_which_student_it_kept(tmp_path):
 
 
 def test_two_ranks_are_one_and_one_without_labels_keeps_step(tmp_path):
-    """Logged figures and gradients of two ranks are those of the whole batch."""
+    """Logged figures and gradients of two ranks are those of the whole batch, however its images are divided."""
     torch.multiprocessing.spawn(run_class_rank, args=(tmp_path,), nprocs=2)
     ranks = [load_file(str(tmp_path / f"rank-{rank}.safetensors")) for rank in range(2)]
     for mode in MODES:
         whole = class_step(WHOLE, mode)
-        for rank in ranks:
-            own = {name[len(mode) + 1 :]: value for name, value in rank.items() if name.startswith(f"{mode}/")}
+        for rank, split in itertools.product(ranks, (f"{mode}/", f"{mode}, uneven/")):
+            own = {name.removeprefix(split): value for name, value in rank.items() if name.startswith(split)}
             assert own.keys() == whole.keys()
             for name, value in whole.items():
-                torch.testing.assert_close(own[name], value, rtol=1e-3, atol=1e-5, msg=f"{mode}/{name}")
+                torch.testing.assert_close(own[name], value, rtol=1e-3, atol=1e-5, msg=f"{split}{name}")
         for name in (name for name in ranks[0] if name.startswith(f"{mode}, one empty/")):
             assert torch.equal(ranks[0][name], ranks[1][name])
         assert ranks[0][f"{mode}, one empty/loss/labels"] > 0

@@ -21,6 +21,7 @@ from vlkd.errors import UserError
         (["a/ta-2", "a/ta", "b/ta"], ("ta-2", "a-ta", "b-ta")),
         (["same", "same"], ("same", "same-1")),
         (["models/v1.5"], ("v1-5",)),
+        (["student", "runs/a/student"], ("student-1", "a")),
     ],
 )
 def test_names_are_short_and_unique_and_do_not_depend_on_the_order(refs, names):

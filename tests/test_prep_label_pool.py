@@ -168,6 +168,19 @@ def test_a_split_and_images_without_probabilities(place, capsys):
     assert "cannot be chosen, first a/new.jpg" in out
 
 
+@pytest.mark.parametrize("strategy", ["pcoreset", "feature_k_centre", "margin"])
+def test_what_is_left_out_counts_for_nothing(place, strategy):
+    """The choice is that of a file without these images."""
+    gone = KEYS[2:9]
+    rest = [number for number, key in enumerate(KEYS) if key not in gone]
+    write_pool(place / "rest", [KEYS[number] for number in rest], rows()[rest], features()[rest])
+    main([*command(place, strategy, count=4), "--leave-out", str(_list(place, gone))])
+    first = listed(place)
+    assert not set(first) & set(gone)
+    main([*command(place, strategy, count=4, file="rest")[:-1], str(place / "other")])
+    assert (place / "other/round-001.txt").read_text().split("\n")[:-1] == first
+
+
 def _list(place, keys):
     (place / "list.txt").write_text("\n".join(keys))
     return place / "list.txt"
@@ -187,6 +200,8 @@ def test_refusals(place):
     refused("10 of 20 keys of .* are no images of .*first 'b/01.jpg'", pool="pool#a")
     refused("There is nothing at", pool="nowhere")
     refused("cannot be read", "random", "--labelled", place / "none.txt")
+    refused("none of its 1 keys has probabilities", "random", "--leave-out", _list(place, ["c/1.jpg"]))
+    refused("count of 20; expected 1 to 19", "random", "--leave-out", _list(place, KEYS[:1]), count=20)
     refused("--seed -1", "random", "--seed", -1)
 
 

@@ -60,9 +60,12 @@ def run_class_rank(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     own = {"labelled": part(LABELLED, 2 * rank, 2 * rank + 2), "pool": part(POOL, 3 * rank, 3 * rank + 3)}
+    # As after pictures that the first rank could not read.
+    uneven = {"labelled": part(LABELLED, rank, 1 + 3 * rank), "pool": part(POOL, 2 * rank, 2 + 4 * rank)}
     found = {}
     for mode in MODES:
         found |= {f"{mode}/{name}": value for name, value in class_step(own, mode).items()}
+        found |= {f"{mode}, uneven/{name}": value for name, value in class_step(uneven, mode).items()}
         blank = own if rank else own | {"labelled": image_batch([])}
         found |= {f"{mode}, one empty/{name}": value for name, value in class_step(blank, mode).items()}
     save_file({name: value.contiguous() for name, value in found.items()}, str(folder / f"rank-{rank}.safetensors"))

@@ -87,6 +87,7 @@ class LabelledPool:
         templates: prompts with `{c}` or `{}`, or ().
         val: images to choose settings on, of the same class ids; it may lack classes.
         test: images for the final figures, None without.
+        held_out: keys of the training split that validation took; () where it has a split of its own.
         told: what was found, in sentences for a report.
     """
 
@@ -97,6 +98,7 @@ class LabelledPool:
     templates: tuple[str, ...]
     val: Labelled
     test: Labelled | None
+    held_out: tuple[str, ...]
     told: tuple[str, ...]
 
 
@@ -134,7 +136,8 @@ def open_pool(data: PoolData, *, seed: int) -> LabelledPool:
     _check_readable(pairs, labels, labelled, classes)
     templates = read_templates(Path(data.templates)) if data.templates else train.templates
     told = _told(data, splits, pairs, labels[labelled])
-    return LabelledPool(pairs, labels, labelled, classes, templates, splits.val, splits.test, told)
+    held_out = tuple(splits.val.keys) if splits.held else ()
+    return LabelledPool(pairs, labels, labelled, classes, templates, splits.val, splits.test, held_out, told)
 
 
 def _open_splits(data: PoolData) -> _Splits:

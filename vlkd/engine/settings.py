@@ -217,7 +217,7 @@ def teacher_names(refs: Sequence[str]) -> tuple[str, ...]:
     """A short name per reference, by which caches are found: it does not depend on the order.
 
     The last part of the path, of a run's `student` folder the run's; as many parts in front of it as make it unique.
-    The same reference twice is numbered.
+    The same reference twice is numbered, and so is one that would be called as the student is.
     """
     parts = [_name_parts(ref) for ref in refs]
     depth = 1
@@ -228,7 +228,7 @@ def teacher_names(refs: Sequence[str]) -> tuple[str, ...]:
         clash = sum(one[-1] == other[-1] for other in parts) > 1
         name = "-".join(one[-depth:] if clash else one[-1:]) or "teacher"
         number = 1
-        while name in names:
+        while name in ("student", *names):
             name, number = f"{name.removesuffix(f'-{number - 1}')}-{number}", number + 1
         names.append(name)
     return tuple(names)

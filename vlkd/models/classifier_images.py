@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -102,7 +103,7 @@ def load_for_images(ref: str, *, device: str | torch.device = "cpu") -> DualEnco
 
 
 def student_of(ref: str) -> str:
-    """The student's folder for the folder of a run; any other reference as it is.
+    """The student's folder for the folder of a run; any other reference as it is. A run that has not ended is told.
 
     Raises:
         UserError: the run has no student yet.
@@ -111,6 +112,8 @@ def student_of(ref: str) -> str:
     if not ref or not folder.is_dir() or (folder / "model.json").is_file():
         return ref
     if (folder / STUDENT / "model.json").is_file():
+        if (folder / "metrics.jsonl").is_file() and not (folder / "results.jsonl").is_file():
+            print(f"The run {ref} has not ended: this is its student so far.", file=sys.stderr)
         return str(folder / STUDENT)
     if any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints", "start")):
         raise UserError(

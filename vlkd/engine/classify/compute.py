@@ -17,18 +17,23 @@ BACKWARD = 2.0
 """A backward pass in forward passes: the gradients of inputs and of weights."""
 
 
-def compute(config: ClassifierRun, student: Classifier, teaching: Teaching | None, pool: int) -> dict[str, float]:
+def compute(
+    config: ClassifierRun, student: Classifier, teaching: Teaching | None, pool: int, *, backward: int
+) -> dict[str, float]:
     """TFLOP, two for each multiplication with its addition: `student_tflop` of training, `teacher_tflop` of its passes.
 
-    A teacher whose features are stored passes its views of the pool once, for all runs that read them.
+    Conflicts that are logged are measured aside and not counted. A teacher whose features are stored passes its views
+    of the pool once, for all runs that read them.
 
     Args:
         config: of the run.
-        student: whose forward pass is counted on one image; training costs three of them a sample.
+        student: whose forward pass is counted on one image.
         teaching: the teacher, None for none.
         pool: training images.
+        backward: backward passes a step.
     """
-    own = (1 + BACKWARD) * config.train.samples * forward_flop(student, student, student.preprocessing.image_size)
+    forward = forward_flop(student, student, student.preprocessing.image_size)
+    own = (1 + BACKWARD * backward) * config.train.samples * forward
     found = {"student_tflop": own / 1e12, "teacher_tflop": 0.0}
     if teaching is not None:
         model = teaching.model

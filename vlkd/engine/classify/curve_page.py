@@ -166,9 +166,10 @@ def page(curve: Curve, title: str) -> Report:
     students = [line for line in curve.lines if line.student]
     first = next(one for line in students for by_seed in line.results.values() for one in by_seed.values())
     runs = sum(len(by_seed) for line in students for by_seed in line.results.values())
+    model = first.settings["model.start"] or first.settings["model.image"]
     lead = (
-        f"{runs} runs of {first.samples:,} student samples each, {first.settings['model.image']}, {first.classes} "
-        f"classes of {first.settings['data.root']}, {first.images} images of the split {curve.split}."
+        f"{runs} runs of {first.samples:,} student samples each, {model}, {first.classes} classes of "
+        f"{first.settings['data.root']}, {first.images} images of the split {curve.split}."
     )
     report = Report(title, lead)
     report.section("Accuracy over shots")

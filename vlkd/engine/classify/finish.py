@@ -58,8 +58,13 @@ def finish(
     pool: LabelledPool,
     teaching: Teaching | None,
     streams: Mapping[str, BatchStream[SampleSequence]],
+    *,
+    backward: int,
 ) -> None:
-    """Evaluate the chosen student beside its heads, its teacher and `report.compare`; write results and report."""
+    """Evaluate the chosen student beside its heads, its teacher and `report.compare`; write results and report.
+
+    A step of its training had so many `backward` passes.
+    """
     student = load_classifier(folder / STUDENT)
     others = {ref: compared(ref, pool) for ref in config.report.compare}
     splits = {"val": pool.val} | ({"test": pool.test} if pool.test is not None else {})
@@ -73,7 +78,7 @@ def finish(
     bad = {key: reason for stream in streams.values() for key, reason in stream.bad.items()}
     if bad:
         write_lines(folder / LEFT_OUT, [{"key": key, "reason": reason} for key, reason in sorted(bad.items())])
-    cost = compute(config, student, teaching, len(pool.pairs))
+    cost = compute(config, student, teaching, len(pool.pairs), backward=backward)
     run = {
         "samples": outcome.samples,
         "steps": outcome.step,

@@ -166,11 +166,12 @@ def _kept(folder: Path, best: dict[str, float]) -> dict[str, float]:
 
 
 def _figures(distiller: ClassDistiller, found: ClassStep) -> dict[str, float]:
-    """What is logged, means over the ranks: each term raw and weighted, the total, and what the gradients tell."""
+    """What is logged, means over all ranks' images: each term raw and weighted, the total, what the gradients tell."""
     none = torch.tensor(math.nan)
     own = [*(found.losses.get(term.name, none) for term in distiller.terms), found.total]
-    ranks = each_ranks(torch.stack([value.detach().float().cpu() for value in own]))
-    *losses, total = torch.stack(ranks).nanmean(dim=0).tolist()
+    ranks = torch.stack(each_ranks(torch.stack([value.detach().float().cpu() for value in own])))
+    # A rank without an image of a part has none of its loss; without any rank's there is nothing to log.
+    *losses, total = ranks.nan_to_num().mean(dim=0).masked_fill(ranks.isnan().all(dim=0), math.nan).tolist()
     row: dict[str, float] = {}
     for term, loss in zip(distiller.terms, losses, strict=True):
         if not math.isnan(loss):

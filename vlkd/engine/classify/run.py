@@ -12,6 +12,7 @@ from accelerate import Accelerator
 
 from vlkd.config import override
 from vlkd.data.decoded import Decoded
+from vlkd.data.files import write_whole
 from vlkd.data.loader import BatchStream, plain_errors
 from vlkd.data.plan import Plan
 from vlkd.data.plan_subset import SubsetPlan
@@ -25,6 +26,7 @@ from vlkd.engine.classify.finish import compared, finish
 from vlkd.engine.classify.loop import train
 from vlkd.engine.classify.settings import ClassifierRun
 from vlkd.engine.classify.smoke import shrink_to_smoke
+from vlkd.engine.classify.step import backward_passes
 from vlkd.engine.classify.teaching import Teaching, prepare_teacher
 from vlkd.engine.classify.watch import Watch
 from vlkd.engine.folder import claim_folder
@@ -34,6 +36,9 @@ from vlkd.models.classifier import Classifier
 from vlkd.models.classifier_spec import build_classifier
 from vlkd.models.composite import load_composite
 from vlkd.retrieval.zero_shot import DEFAULT_TEMPLATES, class_vectors
+
+LABELLED, HELD_OUT = "labelled.txt", "held_out.txt"
+"""Lists of a run, which `vlkd prep label_pool` reads."""
 
 
 def run_classifier(recipe: ModuleType, assignments: Sequence[str]) -> Path:
@@ -55,6 +60,8 @@ def run_classifier(recipe: ModuleType, assignments: Sequence[str]) -> Path:
     pool = open_pool(config.data, seed=config.seed)
     for sentence in pool.told:
         accelerator.print(sentence)
+    if accelerator.is_main_process:
+        write_keys(folder, pool)
     for ref in config.report.compare:
         compared(ref, pool)
     teaching = prepare_teacher(config, pool, accelerator) if config.teacher.ref else None
@@ -71,6 +78,7 @@ def run_classifier(recipe: ModuleType, assignments: Sequence[str]) -> Path:
     watch = Watch(images=pool.val, mix=config.mix, trained=trained)
     # Dropout draws anew on each rank; weights are those of rank 0.
     torch.manual_seed(config.seed + 1 + accelerator.process_index)
+    surgery = recipe.surgery(config) if hasattr(recipe, "surgery") else False
     with plain_errors():
         outcome = train(
             distiller,
@@ -79,13 +87,21 @@ def run_classifier(recipe: ModuleType, assignments: Sequence[str]) -> Path:
             folder,
             accelerator,
             watch,
-            surgery=recipe.surgery(config) if hasattr(recipe, "surgery") else False,
+            surgery=surgery,
             choose=config.train.choose,
         )
     if accelerator.is_main_process:
-        finish(config, folder, outcome, pool, teaching, streams)
+        finish(config, folder, outcome, pool, teaching, streams, backward=backward_passes(terms, surgery=surgery))
     accelerator.end_training()
     return folder
+
+
+def write_keys(folder: Path, pool: LabelledPool) -> None:
+    """The keys of the images whose label is used, and of those that were kept from training, one a line."""
+    lists = {LABELLED: [pool.pairs.keys[row] for row in pool.labelled], HELD_OUT: list(pool.held_out)}
+    for name, keys in lists.items():
+        if keys:
+            write_whole(folder / name, "".join(f"{key}\n" for key in keys).encode())
 
 
 def open_accelerator(config: ClassifierRun) -> Accelerator:

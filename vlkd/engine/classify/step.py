@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from vlkd.data.samples import Batch
 from vlkd.distill.class_distiller import ClassDistiller
-from vlkd.distill.class_terms import GROUPS
-from vlkd.engine.distributed import average_gradients
+from vlkd.distill.class_terms import GROUPS, ClassTerm
+from vlkd.engine.distributed import average_gradients, each_ranks
 from vlkd.errors import UserError
 from vlkd.weighting import pcgrad_weights
 
@@ -22,7 +22,8 @@ Gradients = dict[str, dict[nn.Parameter, Tensor]]
 
 @dataclass(frozen=True)
 class ClassStep:
-    """Attributes: losses: raw, by term. total: their weighted sum, (). figures: of the gradients, where asked for."""
+    """Attributes: losses: by term, whose mean over ranks is that over images. total: their weighted sum, (). figures:
+    of the gradients, where asked for."""
 
     losses: dict[str, Tensor]
     total: Tensor
@@ -52,11 +53,13 @@ def backward_step(
     with accelerator.autocast():
         losses = distiller(batches)
     _check_finite(losses, batches)
+    shares = part_shares(batches)
+    losses = {term.name: losses[term.name] * shares[term.part] for term in distiller.terms if term.name in losses}
     sums = distiller.sums(losses)
     total = torch.stack(list(sums.values())).sum() if sums else torch.zeros(())
     figures: dict[str, float] = {}
     # By the terms, not by the losses: a rank without a readable image still exchanges what the others do.
-    if (surgery or conflicts) and {term.group for term in distiller.terms} == set(GROUPS):
+    if (surgery or conflicts) and _both_groups(distiller.terms):
         found = group_gradients(distiller, sums)
         if conflicts:
             figures = conflict_figures(distiller, found)
@@ -68,6 +71,25 @@ def backward_step(
         total.backward()  # type: ignore[no-untyped-call]
     average_gradients(distiller)
     return ClassStep(losses, total, figures)
+
+
+def backward_passes(terms: Sequence[ClassTerm], *, surgery: bool) -> int:
+    """Of a step: PCGrad asks for each group's gradient, where there are both."""
+    return len(GROUPS) if surgery and _both_groups(terms) else 1
+
+
+def _both_groups(terms: Iterable[ClassTerm]) -> bool:
+    return {term.group for term in terms} == set(GROUPS)
+
+
+def part_shares(batches: Mapping[str, Batch]) -> dict[str, float]:
+    """Per part this rank's images over the mean of all ranks: 1 but where some could not be read.
+
+    A mean of the ranks' means would weigh the images of a rank that has fewer of them more.
+    """
+    counts = torch.tensor([float(len(batch.keys)) for batch in batches.values()])
+    mean = torch.stack(each_ranks(counts)).mean(dim=0).clamp_min(1e-9)
+    return dict(zip(batches, (counts / mean).tolist(), strict=True))
 
 
 def group_gradients(distiller: ClassDistiller, sums: Mapping[str, Tensor]) -> Gradients:

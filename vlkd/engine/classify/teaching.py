@@ -66,7 +66,7 @@ def prepare_teacher(config: ClassifierRun, pool: LabelledPool, accelerator: Acce
         f"Teacher {settings.ref}: zero-shot accuracy {100 * plain:.1f} % [{100 * low:.1f}, {100 * high:.1f}] on "
         f"{len(labels)} validation images, chance {100 / len(pool.classes):.1f} %, temperature zeta {zeta:.4g}."
     ]
-    if low <= 1 / len(pool.classes):
+    if low <= 1 / len(pool.classes) and not settings.few_shot:
         told.append("Warning: the teacher's zero-shot accuracy cannot be told from chance; it has nothing to teach.")
     for sentence in told:
         accelerator.print(sentence)

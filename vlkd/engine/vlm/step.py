@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vlkd.data.conversation_sequence import ConversationBatch
 from vlkd.distill.token_distiller import STUDENT, TokenDistiller
-from vlkd.engine.distributed import average_gradients, mean_over_ranks
+from vlkd.engine.distributed import average_gradients, each_ranks
 from vlkd.errors import UserError
 from vlkd.models.label_masks import answer_positions
 from vlkd.models.question_mask import PADDING
@@ -46,7 +46,7 @@ def backward_step(
     """
     positions = answer_positions(batch.inputs[STUDENT]["labels"])
     counts = torch.tensor([float(positions.sum()), float(positions.any(dim=1).sum())])
-    tokens, images = mean_over_ranks(counts).clamp_min(1e-9).tolist()
+    tokens, images = torch.stack(each_ranks(counts)).mean(dim=0).clamp_min(1e-9).tolist()
     losses: dict[str, Tensor] = {}
     total = torch.zeros(())
     for part in parts_of(batch, micro_batch or len(positions)):
