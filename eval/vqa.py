@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,7 +79,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--answers", type=Path, metavar="FILE", help="all answers as JSON lines; else beside --out")
     parser.add_argument("--report", type=Path, metavar="FILE", help="a page with pictures and answers")
     parser.add_argument("--batch-size", type=int, default=16, help="questions at a time (default %(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=16, help="of an answer (default %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=32, help="of an answer (default %(default)s)")
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="questions drawn by --seed; 0 is all")
     parser.add_argument("--seed", type=int, default=0, help="of --limit (default %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="threads that decode (default %(default)s)")
@@ -122,11 +123,13 @@ def measured_row(args: argparse.Namespace, questions: Sequence[Question]) -> tup
     from vlkd.data.images import open_image
     from vlkd.data.sources import source_name
     from vlkd.models.load_generative import load_generative
-    from vlkd.protocols.vqa import measure_vqa
+    from vlkd.protocols.vqa import measure_vqa, too_long
     from vlkd.suite.job import LISTED
     from vlkd.suite.results import measured_columns, model_columns, versions
 
     model = load_generative(args.model, device=args.device)
+    if problem := too_long(questions, model.count_tokens([one.answer for one in questions]), args.max_new_tokens):
+        print(problem, file=sys.stderr)
     started = time.perf_counter()
     found = measure_vqa(
         partial(model.answer, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens),

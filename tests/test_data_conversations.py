@@ -10,8 +10,10 @@ import pytest
 from helpers.tiny_models import tiny_images
 
 from vlkd.data.conversations import open_conversations, read_llava, read_vqa_shards
+from vlkd.data.questions import questions_of
 from vlkd.errors import UserError
-from vlkd.features import Turn
+from vlkd.features import CHOICE_REQUEST, Turn
+from vlkd.protocols.vqa import prompt_of
 
 
 def human(text):
@@ -112,6 +114,11 @@ def test_kinds_and_choices_belong_to_answers(write):
     assert (plain.kinds, plain.choices, plain.alone) == ((), (), False)
     assert (detailed.kinds, detailed.choices) == (("animal", ""), ((), ("yes", "no")))
     assert detailed.alone
+    # What is learned is what is asked: options that the words lack stand behind them, once.
+    assert detailed.turns[0] == plain.turns[0]
+    assert detailed.turns[2].text == f"{plain.turns[2].text}\nA. yes\nB. no\n{CHOICE_REQUEST}"
+    question = questions_of([detailed])[1]
+    assert prompt_of(question) == question.text == detailed.turns[2].text
 
 
 def write_tar(path, members):
@@ -151,7 +158,8 @@ def test_reads_shards_of_every_form(tmp_path):
     assert [one.image.read() for one in (first, second, third)] == [png(0), png(1), png(2)]
     assert first.turns == (Turn("user", "<image>\nIs there a dog?"), Turn("assistant", "no"))
     assert (first.kinds, first.choices, first.alone) == (("animal",), (), False)
-    assert [turn.text for turn in second.turns] == ["How many <image>?", "two", "A cat?", "yes"]
+    options = f"A. yes\nB. no\n{CHOICE_REQUEST}"
+    assert [turn.text for turn in second.turns] == ["How many <image>?", "two", f"A cat?\n{options}", "yes"]
     assert (second.kinds, second.choices) == (("", "animal"), ((), ("yes", "no")))
     assert (third.kinds, third.choices) == ((), ())
     assert second.alone

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from helpers.tiny_conversations import colour_batch
 from helpers.tiny_vlms import write_timm_vlm
 from helpers.vlm_ranks import NAMES, opened, run_vlm_rank, vlm_step, write_models
-from helpers.vlm_runs import lines, refused
+from helpers.vlm_runs import TAUGHT, config_of, lines, refused
 from safetensors.torch import load_file
 
 from vlkd import recipes
@@ -19,7 +18,6 @@ from vlkd.config import override
 from vlkd.data.conversation_sequence import ConversationBatch
 from vlkd.engine.vlm import loop, run
 from vlkd.engine.vlm.settings import StageSettings
-from vlkd.engine.vlm.smoke import MODEL, shrink_to_smoke
 from vlkd.engine.vlm.stages import wanted_stages
 from vlkd.engine.vlm.step import parts_of
 from vlkd.errors import UserError
@@ -28,7 +26,6 @@ from vlkd.models.llava_spec import LlavaSpec
 from vlkd.models.load_generative import build_vlm, load_generative
 from vlkd.models.via_llava import load_llava
 
-TAUGHT = "teacher.ref=x"
 VARIANTS = {
     "stages": ("vlm", "projector.samples=1"),
     "alone": ("switch_kd", TAUGHT, "method.align=0", "method.switch=0"),
@@ -207,54 +204,6 @@ def test_a_student_takes_the_teachers_tokenizer(tmp_path):
     assert student.tokenizer.get_vocab() == teacher.tokenizer.get_vocab()
 
 
-def config_of(tmp_path: Path, *words: str) -> list[str]:
-    """Assignments of a small real run, on the smoke run's data and model."""
-    recipe = recipes.load(recipes.find("tasks", "switch_kd"))
-    small = shrink_to_smoke(override(recipe.config(), [TAUGHT, f"out={tmp_path / 'made'}"]))
-    sizes = ["image_size", "patch_size", "vision_width", "vision_layers", "vision_heads", "language_width",
-             "language_layers", "language_heads", "context_length"]  # fmt: skip
-    model = [f"model.{name}={getattr(MODEL, name)}" for name in sizes]
-    return [
-        "train", "switch_kd", f"data.train={small.data.train[0]}", f"teacher.ref={small.teacher.ref}", *model,
-        "distilled.samples=32", "distilled.batch_size=16", f"out={tmp_path / 'run'}", *words,
-    ]  # fmt: skip
-
-
-REFUSALS = {
-    "vision": (["distilled.parts=projector,language"], "teaches the vision tower alone"),
-    "part": (["distilled.parts=eyes"], "expected some of vision, projector, language"),
-    "norms": (["distilled.freeze_batch_norm=true"], "the student has no batch norms"),
-    "still": (["projector.samples=32", "projector.vision_lr=1e-4"], "the vision tower does not learn in this stage"),
-    "short": (["distilled.samples=8"], "is less than a batch of 16"),
-    "none": (["distilled.samples=0"], "Every stage has no samples"),
-    "untaught": (["teacher.ref="], "reads a teacher and none is named"),
-    "stored": (["teacher.stored=somewhere"], "reads switch.logits, and teacher.stored holds answers alone"),
-    "width": (["model.vision_width=32"], "the switch needs equal widths"),
-    "tokens": (["model.image_size=64"], "the switch needs equal numbers"),
-    "bridge": (["teacher.bridge=true"], "leave the bridge out"),
-    "blind": (["teacher.see=16"], "does not look at pictures"),
-    "weights": (["method.align=-1"], "expected 0 or more"),
-    "nothing": (["method.supervised=0", "method.align=0", "method.switch=0"], "has no term with a weight"),
-    "data": (["data.train=nowhere.json"], "nowhere.json"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSALS)
-def test_what_cannot_be_is_refused_in_a_sentence(tmp_path, capsys, case):
-    words, expected = REFUSALS[case]
-    given = config_of(tmp_path, *words)
-    if case == "blind":
-        teacher = load_generative(next(word.partition("=")[2] for word in given if word.startswith("teacher.ref=")))
-        with torch.no_grad():
-            for value in teacher.part_parameters("projector"):
-                value.zero_()
-        teacher.save(tmp_path / "blind")
-        given = [*given, f"teacher.ref={tmp_path / 'blind'}"]
-    sentence = refused(capsys, *given)
-    assert expected in sentence
-    assert sentence.endswith((".", "?"))
-
-
 @pytest.mark.parametrize("match", ["dbild", "kl"])
 def test_a_stored_teacher_teaches_what_a_running_one_does(tmp_path, capsys, match):
     """All its tokens are stored, in float32; with fewer, it is said at the start what that changes."""
@@ -277,6 +226,8 @@ def test_a_stored_teacher_teaches_what_a_running_one_does(tmp_path, capsys, matc
     assert len(losses[0]) == 2
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)
     assert min(losses[0]) > 1e-5
+    seeing = ["teacher.see=16", f"teacher.stored={tmp_path / 'stored'}", f"out={tmp_path / 'blind'}"]
+    assert "does not look at pictures" in refused(capsys, *given, *seeing)
 
 
 def test_a_bridge_maps_another_width_and_stays_behind(tmp_path):

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from helpers.vlm_runs import lines, refused
+from helpers.vlm_runs import config_of, lines, refused
 from PIL import Image
 
 from vlkd.cli.main import main
@@ -75,6 +75,60 @@ def test_questions_that_cannot_be_asked_are_told_before_the_first_step(tmp_path,
 def test_what_fails_at_the_end_is_told_at_the_start(tmp_path, capsys, words, more, expected):
     assert expected in refused(capsys, *words, *more)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+REFUSALS = {
+    "vision": (["distilled.parts=projector,language"], "teaches the vision tower alone"),
+    "part": (["distilled.parts=eyes"], "expected some of vision, projector, language"),
+    "norms": (["distilled.freeze_batch_norm=true"], "the student has no batch norms"),
+    "still": (["projector.samples=32", "projector.vision_lr=1e-4"], "the vision tower does not learn in this stage"),
+    "short": (["distilled.samples=8"], "is less than a batch of 16"),
+    "none": (["distilled.samples=0"], "Every stage has no samples"),
+    "untaught": (["teacher.ref="], "reads a teacher and none is named"),
+    "stored": (["teacher.stored=somewhere"], "reads switch.logits, and teacher.stored holds answers alone"),
+    "width": (["model.vision_width=32"], "the switch needs equal widths"),
+    "tokens": (["model.image_size=64"], "the switch needs equal numbers"),
+    "bridge": (["teacher.bridge=true"], "leave the bridge out"),
+    "blind": (["teacher.see=16"], "does not look at pictures"),
+    "weights": (["method.align=-1"], "expected 0 or more"),
+    "k": (["projector.samples=64", "method.k=1", "teacher.see=0"], "one logit has no pair"),
+    "tau": (["supervised.samples=64", "method.tau=0", "teacher.see=0"], "the temperature tau 0.0"),
+    "share": (["method.match=taid", "method.taid_start=2", "teacher.see=0"], "teacher's share t 2.0"),
+    "eyes": (
+        ["method.switch=0", "method.align=0", "method.visual=1", "model.vision_width=32", "teacher.see=0"],
+        "expected one shape (B, N, C)",
+    ),
+    "nothing": (["method.supervised=0", "method.align=0", "method.switch=0"], "has no term with a weight"),
+    "data": (["data.train=nowhere.json"], "nowhere.json"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_what_cannot_be_is_refused_in_a_sentence(tmp_path, capsys, case):
+    words, expected = REFUSALS[case]
+    given = config_of(tmp_path, *words)
+    if case == "blind":
+        teacher = load_generative(next(word.partition("=")[2] for word in given if word.startswith("teacher.ref=")))
+        with torch.no_grad():
+            for value in teacher.part_parameters("projector"):
+                value.zero_()
+        teacher.save(tmp_path / "blind")
+        given = [*given, f"teacher.ref={tmp_path / 'blind'}"]
+    sentence = refused(capsys, *given)
+    assert expected in sentence
+    assert sentence.endswith((".", "?"))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists(), "a stage was trained before"
+
+
+def test_true_answers_longer_than_answers_may_be_are_told(tmp_path, capsys, words):
+    own = sample("k", "red.png", "What is it?", "a plain red square and nothing else in it")
+    (tmp_path / "val.json").write_text(json.dumps([own, sample("l", "red.png", "Is it red?", "yes")]))
+    given = [*words, f"data.val={tmp_path / 'val.json'}", "train.max_new_tokens=4"]
+    main(given)
+    told = capsys.readouterr().out
+    assert "1 of 2 questions have true answers of more than 4 tokens" in told
+    assert "'k#1'" in told
+    assert "Set train.max_new_tokens." in told
 
 
 def test_a_corrected_command_may_have_the_folder_of_one_that_made_no_step(tmp_path, capsys, words):

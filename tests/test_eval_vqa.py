@@ -120,6 +120,9 @@ def test_the_page_shows_pictures_and_escapes_answers(place, tmp_path, capsys):
     assert "&lt;b&gt;colour" in text
     assert "<b>colour" not in text
     assert "questions" in captured.err
+    for most in ("16", "1"):
+        evaluate(place, tmp_path / f"most-{most}", *words, "--max-new-tokens", most)
+        assert ("have true answers of more than 1 tokens" in capsys.readouterr().err) == (most == "1")
     again = evaluate(place, tmp_path / "again", *words, "--max-new-tokens", "8")
     assert again["data_hash"] == row["data_hash"]
     assert evaluate(place, tmp_path / "all", "--max-new-tokens", "8")["data_hash"] != row["data_hash"]

@@ -10,9 +10,10 @@ from helpers.tiny_vlms import write_llava
 from PIL import Image
 
 from vlkd.errors import UserError
+from vlkd.features import CHOICE_REQUEST
 from vlkd.metrics import wilson_interval
 from vlkd.models.via_llava import load_llava
-from vlkd.protocols.vqa import CHOICE_REQUEST, measure_vqa, prompt_of
+from vlkd.protocols.vqa import measure_vqa, prompt_of, too_long
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,13 @@ def test_questions_without_a_picture_are_left_out_and_listed():
     assert [row.key for row in found.rows] == [one.key for one in ASKED if one.key not in ("1", "5")]
     assert found.total.questions == sum(len(images) for images, _ in model.batches) == 9
     assert found.rows == tuple(row for row in measure()[0].rows if row.key not in ("1", "5"))
+
+
+def test_truths_that_no_answer_can_reach_are_told():
+    tokens = [5 if one.key in ("2", "5", "9") else 2 for one in ASKED]
+    assert too_long(ASKED, tokens, 5) == ""
+    told = too_long(ASKED, tokens, 4)  # of yes and no, and of options, the first word counts
+    assert told.startswith("1 of 11 questions have true answers of more than 4 tokens, up to 5, first '2'")
 
 
 def test_how_options_are_asked():

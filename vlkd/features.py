@@ -50,6 +50,22 @@ IGNORED = -100
 """The label of a position that is no part of an answer."""
 
 
+CHOICE_REQUEST = "Answer with the option's letter from the given choices directly."
+"""What stands behind the options, as LLaVA-1.5 asks (https://github.com/haotian-liu/LLaVA, docs/Evaluation.md)."""
+
+
+def with_choices(text: str, choices: Sequence[str]) -> str:
+    """The words of a question with options, which training and evaluation ask alike.
+
+    Behind it stand a line `A. FIRST`, `B. SECOND` and so on for each of them, and `CHOICE_REQUEST`; a question whose
+    own text has all these lines already, or that has no options, is asked as it is.
+    """
+    lines = [f"{chr(ord('A') + place)}. {words}" for place, words in enumerate(choices)]
+    if all(line in text.split("\n") for line in lines):
+        return text
+    return "\n".join([text, *lines, CHOICE_REQUEST])
+
+
 @dataclass(frozen=True)
 class Turn:
     """What one side says in a conversation; `<image>` in the user's text is where the picture stands."""

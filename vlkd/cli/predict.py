@@ -86,7 +86,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--save-probabilities", type=Path, metavar="FILE", help="all of them, and features, for `vlkd prep label_pool`"
     )
     parser.add_argument("--question", metavar="TEXT", help="for a generative model: asked about each image")
-    parser.add_argument("--max-new-tokens", type=int, default=16, help="of an answer (default %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=32, help="of an answer (default %(default)s)")
     parser.add_argument("--device", default="cpu", help="default %(default)s")
     parser.add_argument("--batch-size", type=int, help="default 64, with --question 16")
     parser.add_argument("--workers", type=int, default=2, help="threads that decode (default %(default)s)")

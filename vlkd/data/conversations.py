@@ -15,7 +15,7 @@ from vlkd.data.shard_refs import expand_shards
 from vlkd.data.shards import IndexedSample, index_shard, read_member
 from vlkd.data.sources import ImageFile
 from vlkd.errors import UserError
-from vlkd.features import IMAGE_PLACEHOLDER, Turn
+from vlkd.features import IMAGE_PLACEHOLDER, Turn, with_choices
 
 ROLES: Mapping[str, Literal["user", "assistant"]] = {"human": "user", "gpt": "assistant"}
 FORM = '{"id", "image", "conversations": [{"from": "human", "value"}, {"from": "gpt", "value"}, ...]}'
@@ -30,7 +30,8 @@ class Conversation:
     Attributes:
         key: the sample's name, without repeats.
         image: where the picture is.
-        turns: user first, in turn with the assistant, who has the last word; one `<image>` in all, the user's.
+        turns: user first, in turn with the assistant, who has the last word; one `<image>` in all, the user's. A
+            question with choices has them in its text (`vlkd.features.with_choices`).
         kinds: of each answer, "" for none; () where no answer has one.
         choices: of each answer those to choose from, () for an open one; () where all are open.
         alone: each question is asked by itself, without the turns before it; else the turns are one dialogue.
@@ -261,7 +262,7 @@ def _said(entry: Mapping[str, Any], where: str) -> _Said:
     said = entry.get("conversations")
     if not isinstance(said, list) or not all(_is_turn(turn) for turn in said):
         raise UserError(f"{where}: expected conversations as in {FORM}.")
-    turns = tuple(Turn(ROLES[turn["from"]], turn["value"].strip()) for turn in said)
+    turns = [Turn(ROLES[turn["from"]], turn["value"].strip()) for turn in said]
     check_turns(turns, where)
     kinds, choices = entry.get("kinds") or [], entry.get("choices") or []
     if not _are_texts(kinds) or not isinstance(choices, list) or not all(_are_texts(each) for each in choices):
@@ -272,8 +273,10 @@ def _said(entry: Mapping[str, Any], where: str) -> _Said:
     for name, listed in (("kinds", kinds), ("choices", choices)):
         if listed and len(listed) != answers:
             raise UserError(f"{where}: {len(listed)} {name} for {answers} answers; give one for each, or none at all.")
+    for number, options in enumerate(choices):
+        turns[2 * number] = Turn("user", with_choices(turns[2 * number].text, options))
     return {
-        "turns": turns,
+        "turns": tuple(turns),
         "kinds": tuple(kinds),
         "choices": tuple(map(tuple, choices)),
         "alone": bool(entry.get("alone")),

@@ -131,6 +131,10 @@ class GenerativeVLM(nn.Module):
         """The transformers tokenizer."""
         return self.processor.tokenizer
 
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Of each text alone, without the tokens that a tokenizer puts around it."""
+        return [len(ids) for ids in self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]] if texts else []
+
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import numpy as np
 
 from vlkd.errors import UserError
+from vlkd.features import CHOICE_REQUEST, with_choices
 from vlkd.metrics import yes_no_figures
 from vlkd.metrics.answers import (
     Tally,
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Form = Literal["open", "yes or no", "multiple choice"]
-CHOICE_REQUEST = "Answer with the option's letter from the given choices directly."
-"""What stands behind the options, as LLaVA-1.5 asks (https://github.com/haotian-liu/LLaVA, docs/Evaluation.md)."""
 
 
 class Asked(Protocol):
@@ -113,15 +112,8 @@ class MeasuredAnswers:
 
 
 def prompt_of(question: Asked) -> str:
-    """The words that a model is asked.
-
-    An open question is asked as it is. Behind one with options stand a line `A. FIRST`, `B. SECOND` and so on for each
-    of them, and `CHOICE_REQUEST`; a question whose own text has all these lines already is asked as it is.
-    """
-    lines = [f"{letter(place)}. {words}" for place, words in enumerate(question.choices)]
-    if all(line in question.text.split("\n") for line in lines):
-        return question.text
-    return "\n".join([question.text, *lines, CHOICE_REQUEST])
+    """The words that a model is asked (`with_choices`)."""
+    return with_choices(question.text, question.choices)
 
 
 def letter(place: int) -> str:
@@ -149,6 +141,27 @@ def form_of(question: Asked) -> tuple[Form, str]:
             f"one of its {len(question.choices)} options; mend the data."
         )
     return "multiple choice", letter(place)
+
+
+def too_long(questions: Sequence[Asked], tokens: Sequence[int], most: int) -> str:
+    """A sentence about open questions whose true answer has more tokens than an answer may; "" for none.
+
+    Args:
+        questions: whatever is asked.
+        tokens: of each one's true answer.
+        most: tokens of an answer.
+    """
+    long = [
+        (one.key, count)
+        for one, count in zip(questions, tokens, strict=True)
+        if count > most and form_of(one)[0] == "open"
+    ]
+    if not long:
+        return ""
+    return (
+        f"{len(long)} of {len(questions)} questions have true answers of more than {most} tokens, up to "
+        f"{max(count for _, count in long)}, first {long[0][0]!r}, and cannot be answered right; allow more tokens."
+    )
 
 
 def parse(form: Form, answer: str, choices: Sequence[str]) -> str | None:

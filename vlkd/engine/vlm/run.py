@@ -33,17 +33,18 @@ from vlkd.engine.vlm.settings import VlmRun
 from vlkd.engine.vlm.smoke import shrink_to_smoke
 from vlkd.engine.vlm.stages import SWITCH, Stage, wanted_stages
 from vlkd.engine.vlm.watch import Watch, open_asked
-from vlkd.models.base import channels_last
+from vlkd.models.base import channels_last, evaluating
 from vlkd.models.generative import PARTS, GenerativeVLM, Part
 from vlkd.models.llava_spec import LANGUAGE
 from vlkd.models.load_generative import build_vlm, load_generative
+from vlkd.protocols.vqa import too_long
 
 START, TOKENIZER = FIRST_WEIGHTS
 """Folders of a run: the first weights, and the teacher's tokenizer."""
 STAGES, CHECKPOINTS = "stages", "checkpoints"
 """What each stage left, and its checkpoints."""
-SEEN_AT_A_TIME = 16
-"""Conversations of a batch of the start-up check."""
+SEEN_AT_A_TIME, REHEARSED = 16, 4
+"""Conversations of a batch of the start-up check, and those whose losses are computed before training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,10 +88,15 @@ def run_vlm(recipe: ModuleType, assignments: Sequence[str]) -> Path:
     check_batch_norms(student, stages)
     check_alone([student], chain.from_iterable(conversations.values()))
     answering = [student, teacher] if teacher and config.report.teacher else [student]
-    check_questions([question for own in asked.final.values() for question in own], answering)
+    every = [question for own in asked.final.values() for question in own]
+    check_questions(every, answering)
+    truths = student.count_tokens([question.answer for question in every])
+    if problem := too_long(every, truths, config.train.max_new_tokens):
+        accelerator.print(f"{problem} Set train.max_new_tokens.")
     teaching = open_teaching(config, student, teacher, stages, conversations, accelerator)
     runner = StageRunner(config=config, folder=folder, teaching=teaching, accelerator=accelerator,
                          watch=Watch(asked=asked.watched, settings=config.train))  # fmt: skip
+    runner.rehearse(student, stages, conversations)
     outcomes = runner.run(student, stages, conversations)
     if accelerator.is_main_process:
         student.save(folder / STUDENT)
@@ -148,14 +154,6 @@ def open_teaching(
     for stage in taught:
         if stage.reads(SWITCH):
             check_switch(student, teacher, stage.settings.parts, bridge=settings.bridge)
-    if settings.stored:
-        # Stages may have data of their own with keys in common.
-        every = [open_answers(Path(settings.stored), teacher, conversations[stage.name]) for stage in taught]
-        manifest = every[0].manifest
-        if words := error_in_words(manifest.get("error", {})):
-            top = f"{manifest['identity']['top']} of {every[0].vocabulary} tokens"
-            accelerator.print(f"teacher: its answers were stored as {top}, which changes {words}")
-        return Teaching(stored=every[0], vocabulary=vocabulary)
     check_alone([teacher], chain.from_iterable(conversations[stage.name] for stage in taught))
     if settings.see:
         own = conversations[taught[0].name]
@@ -165,6 +163,14 @@ def open_teaching(
             f"teacher: with a blank picture its answers move by {found['blank_kl']:.3f} nats a token and their loss "
             f"rises by {found['blank_nll_rise']:.3f}; with another's picture by {found['shuffled_nll_rise']:.3f}"
         )
+    if settings.stored:
+        # Stages may have data of their own with keys in common.
+        every = [open_answers(Path(settings.stored), teacher, conversations[stage.name]) for stage in taught]
+        manifest = every[0].manifest
+        if words := error_in_words(manifest.get("error", {})):
+            top = f"{manifest['identity']['top']} of {every[0].vocabulary} tokens"
+            accelerator.print(f"teacher: its answers were stored as {top}, which changes {words}")
+        return Teaching(stored=every[0], vocabulary=vocabulary)
     teacher.freeze()
     teacher.checkpointing(settings.checkpointing)
     return Teaching(model=teacher, vocabulary=vocabulary)
@@ -202,18 +208,26 @@ class StageRunner:
             before = Before(steps=before.steps + outcome.steps, samples=before.samples + outcome.samples)
         return outcomes
 
-    def run_stage(
-        self, student: GenerativeVLM, number: int, stage: Stage, conversations: list[Conversation], before: Before
-    ) -> Outcome:
-        """Train one stage."""
-        config, teaching = self.config, self.teaching if stage.taught else Teaching()
-        student.train_only(cast("tuple[Part, ...]", stage.settings.parts))
-        student.checkpointing(config.train.checkpointing)
-        torch.manual_seed(config.seed)
+    def rehearse(
+        self, student: GenerativeVLM, stages: Sequence[Stage], conversations: Mapping[str, list[Conversation]]
+    ) -> None:
+        """Compute every stage's losses once, so that a term that cannot be is refused before the first stage trains."""
+        for stage in stages:
+            distiller, stored = self.distiller(student, stage), self.teaching.stored if stage.taught else None
+            own = [one for one in conversations[stage.name] if stored is None or one.key not in stored.left_out]
+            sequence = sequence_of(models_of(distiller), own[:REHEARSED], seed=self.config.seed, stored=stored)
+            distiller.to(self.accelerator.device)
+            with torch.no_grad(), evaluating(distiller), self.accelerator.autocast():
+                for batch in batches_of(sequence, REHEARSED, self.accelerator.device):
+                    distiller(batch, progress=0.0, tokens=1.0, images=1.0)
+
+    def distiller(self, student: GenerativeVLM, stage: Stage) -> TokenDistiller:
+        """The student of a stage with its terms and what teaches it."""
+        teaching = self.teaching if stage.taught else Teaching()
         bridge = None
-        if config.teacher.bridge and stage.reads(SWITCH) and teaching.model is not None:
+        if self.config.teacher.bridge and stage.reads(SWITCH) and teaching.model is not None:
             bridge = nn.Linear(student.visual_width, teaching.model.visual_width)
-        distiller = TokenDistiller(
+        return TokenDistiller(
             student,
             stage.terms,
             teaching.model,
@@ -221,6 +235,16 @@ class StageRunner:
             vocabulary=teaching.vocabulary,
             stored_vocabulary=teaching.stored.vocabulary if teaching.stored else 0,
         )
+
+    def run_stage(
+        self, student: GenerativeVLM, number: int, stage: Stage, conversations: list[Conversation], before: Before
+    ) -> Outcome:
+        """Train one stage."""
+        config = self.config
+        student.train_only(cast("tuple[Part, ...]", stage.settings.parts))
+        student.checkpointing(config.train.checkpointing)
+        torch.manual_seed(config.seed)
+        distiller = self.distiller(student, stage)
         stream = self.stream(distiller, number, stage, conversations)
         # Dropout draws anew on each rank; weights are those of rank 0.
         torch.manual_seed(config.seed + 1 + self.accelerator.process_index)
@@ -246,9 +270,8 @@ class StageRunner:
         if stored is not None and stored.left_out:
             # What did not fit the teacher has no answers there.
             conversations = [one for one in conversations if one.key not in stored.left_out]
-        models = {STUDENT: distiller.student} | ({TEACHER: distiller.teacher} if distiller.teacher is not None else {})
         sequence = sequence_of(
-            models,
+            models_of(distiller),
             conversations,
             seed=config.seed + number,
             batch_size=own.batch_size,
@@ -264,6 +287,11 @@ class StageRunner:
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
         )
+
+
+def models_of(distiller: TokenDistiller) -> dict[str, GenerativeVLM]:
+    """Those that conversations are prepared for, by name."""
+    return {STUDENT: distiller.student} | ({TEACHER: distiller.teacher} if distiller.teacher is not None else {})
 
 
 def stage_name(number: int, stage: Stage) -> str:

@@ -107,7 +107,7 @@ class VlmTrain:
         log_steps: between lines of metrics.jsonl.
         validations: how often questions of `data.val` are asked in each stage, the last time at its end.
         val_questions: so many of them, drawn by the seed; 0 takes all.
-        max_new_tokens: of an answer.
+        max_new_tokens: of an answer, at most; it ends earlier where the model says so.
         eval_batch: questions that are answered at a time.
         save_minutes: between checkpoints; 0 saves after every step.
         save_steps: between checkpoints, whichever comes first; 0 goes by minutes alone.
@@ -123,7 +123,7 @@ class VlmTrain:
     log_steps: int = 20
     validations: int = 2
     val_questions: int = 400
-    max_new_tokens: int = 16
+    max_new_tokens: int = 32
     eval_batch: int = 64
     save_minutes: float = 5.0
     save_steps: int = 0
