@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 EXAMPLES = """Questions are those of LLaVA's JSON and of shards; `vlkd.protocols.vqa` says how options are written into
 one, `vlkd.metrics.answers` how an answer is read. Models answer greedily in float32; answers do not depend on the batch
-size. Rows stand with those of other protocols in --out, for `vlkd eval table` and `vlkd eval compare`.
+size. Kinds of several sources carry the source's name. Rows stand with those of other protocols in --out, for
+`vlkd eval table` and `vlkd eval compare`.
 
 examples:
   vlkd eval vqa --model runs/switch --data data/vqa/test --report answers.html
@@ -32,14 +33,13 @@ def main(argv: Sequence[str]) -> None:
     """Ask the model everything, save its answers, and print the figures; see `--help`."""
     args = parse(argv)
 
-    from vlkd.data.conversations import open_conversations
     from vlkd.data.files import write_whole
     from vlkd.data.images import open_image
-    from vlkd.data.questions import questions_of
+    from vlkd.data.questions import open_questions
     from vlkd.suite.results import append_row, write_items
     from vlkd.suite.vqa_page import answers_markdown, answers_page
 
-    questions = drawn(questions_of(open_conversations(args.data)), args.limit, args.seed)
+    questions = drawn(open_questions(args.data), args.limit, args.seed)
     images = {question.key: question.image for question in questions}
     row, found = measured_row(args, questions)
     answers = answers_file(args, row)

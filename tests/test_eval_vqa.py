@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -126,6 +127,17 @@ def test_the_page_shows_pictures_and_escapes_answers(place, tmp_path, capsys):
     again = evaluate(place, tmp_path / "again", *words, "--max-new-tokens", "8")
     assert again["data_hash"] == row["data_hash"]
     assert evaluate(place, tmp_path / "all", "--max-new-tokens", "8")["data_hash"] != row["data_hash"]
+
+
+def test_kinds_of_two_sources_are_told_apart(place, tmp_path):
+    shutil.copytree(place / "data", tmp_path / "more")
+    main(["eval", "vqa", "--model", str(place / "run"), "--data", str(place / "data"), str(tmp_path / "more"),
+          "--out", str(tmp_path), "--max-new-tokens", "8"])  # fmt: skip
+    kinds = read_results(tmp_path)[-1]["kinds"]
+    assert [name.rpartition("/")[2] for name in kinds] == ["colour", "there", "which"] * 2
+    for kind in ("colour", "there", "which"):
+        first, second = (own for name, own in kinds.items() if name.endswith(f"/{kind}"))
+        assert first == second
 
 
 def test_two_models_are_compared_question_by_question(place, tmp_path, capsys):
