@@ -2,7 +2,7 @@
 
     python scripts/lift_teacher.py --teacher runs/teacher/student --classifier tf_efficientnet_lite2.safetensors \\
         --pairs data/coco/dataset_coco.json#train --images data/unlabelled_photos \\
-        --domain data/caltech101/train=caltech101/classnames.txt --val data/caltech101#val --out runs/lifted --seed 0
+        --domain data/caltech101/train=caltech101/classnames.txt --val data/caltech101#test --out runs/lifted --seed 0
 
 Both towers stay frozen; the projections and the logit scale are trained on features that are computed once. With u the
 embedding of photo x, w_k that of a prompt about name k, s the scale, three terms are added:
