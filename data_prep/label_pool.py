@@ -2,7 +2,8 @@
 
 vlkd prep label_pool --pool photos --probabilities pool.safetensors --strategy pcoreset --count 100 --out rounds
 
-The probabilities are a model's: `vlkd predict RUN photos --save-probabilities pool.safetensors`. The choice is
+The probabilities are a model's: `vlkd predict RUN photos --save-probabilities pool.safetensors`; of a DHO student those
+of the mix that validation chose, where ActiveKD takes both heads evenly. The choice is
 rounds/round-001.txt, one key a line in the order of choice; round-001.csv says beside it what the model thought. Label
 the images, train, predict anew and run the command again: new probabilities make the next round, and images of earlier
 rounds are not chosen again. The same command twice changes nothing. A run leaves the keys whose labels it used in

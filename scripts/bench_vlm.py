@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -35,6 +36,7 @@ from vlkd.models.label_masks import answer_positions
 from vlkd.models.llava_spec import LlavaSpec
 from vlkd.models.load_generative import build_vlm, load_generative
 from vlkd.models.question_mask import PADDING
+from vlkd.models.timm_vlm import TimmVLM
 
 WANTED = {"step_over_parts": "<= 1.25", "batched_over_single": ">= 3"}
 SIZES = {
@@ -80,7 +82,7 @@ def open_models(args: argparse.Namespace, folder: Path) -> tuple[GenerativeVLM, 
     student, teacher = (load_generative(refs[name], device=args.device) for name in ("student", "teacher"))
     if args.vocabulary:
         for model in (student, teacher):
-            model.model.resize_token_embeddings(args.vocabulary)
+            library_model(model).resize_token_embeddings(args.vocabulary)
             model.vocabulary = args.vocabulary
     student.train()
     teacher.freeze()
@@ -89,6 +91,11 @@ def open_models(args: argparse.Namespace, folder: Path) -> tuple[GenerativeVLM, 
               (("student", student), ("teacher", teacher))}  # fmt: skip
     print(", ".join(f"{name} {count / 1e6:.1f} M" for name, count in counts.items()))
     return student, teacher
+
+
+def library_model(model: GenerativeVLM) -> Any:
+    """The transformers model inside: a LLaVA, or the language model behind a timm tower."""
+    return model.language_model if isinstance(model, TimmVLM) else model.model
 
 
 def open_batch(args: argparse.Namespace, student: GenerativeVLM, teacher: GenerativeVLM) -> ConversationBatch:
@@ -168,7 +175,7 @@ def measure_generation(args: argparse.Namespace, student: GenerativeVLM) -> dict
     """Batched answers against one by one, of as many new tokens each."""
     student.eval()
     # No token ends an answer, so that all have the same length.
-    student.model.generation_config.eos_token_id = None
+    library_model(student).generation_config.eos_token_id = None
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (args.questions, 96, 96, 3), generator=generator, dtype=torch.uint8)
     images = [Image.fromarray(one.numpy()) for one in pixels]
