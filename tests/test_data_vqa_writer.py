@@ -14,6 +14,7 @@ from vlkd.data.conversations import open_conversations
 from vlkd.data.questions import questions_of
 from vlkd.data.vqa_writer import QA, VqaSample, write_vqa_shards
 from vlkd.errors import UserError
+from vlkd.features import CHOICE_REQUEST
 
 
 def encoded(number):
@@ -37,7 +38,7 @@ def test_what_is_written_is_read_back(tmp_path):
     ]  # fmt: skip
     found = questions_of(open_conversations([str(tmp_path / "out")]))
     assert [(one.key, one.text, one.answer, one.kind, one.choices) for one in found[2:4]] == [
-        ("p1#1", "Is there a dog?", "no", "dog", ("yes", "no")),
+        ("p1#1", f"Is there a dog?\nA. yes\nB. no\n{CHOICE_REQUEST}", "no", "dog", ("yes", "no")),
         ("p1#2", "How many?\n1", "1 Tassen für dich", "", ()),
     ]
     assert [one.image.read() for one in found[::2]] == [encoded(number) for number in range(3)]

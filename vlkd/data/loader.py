@@ -108,7 +108,7 @@ class BatchStream(Generic[Which]):
             raise UserError(f"A batch of {batch_size} does not divide among {world_size} ranks; change the batch size.")
         if batch_size > len(sequence.table):
             raise UserError(
-                f"A batch of {batch_size} is larger than the {len(sequence.table)} samples that can be trained on; "
+                f"A batch of {batch_size} is larger than the {len(sequence.table)} training images; "
                 "set the batch size lower."
             )
         self.sequence = sequence
