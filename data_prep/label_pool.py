@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> None:
     whole = read_pool(args.probabilities)
     pool = _without(whole, args.leave_out)
     number, earlier = _round(args.out, args.round, whole.fingerprint())
-    chosen, sizes = _chosen_rows(pool, [*args.labelled, *earlier], args.probabilities)
+    chosen, sizes = _chosen_rows(pool, whole.keys, [*args.labelled, *earlier], args.probabilities)
     missing = _check_pool(args.pool, whole, {pool.keys[row] for row in chosen}, args.probabilities)
     settings = {
         "strategy": args.strategy,
@@ -192,6 +192,8 @@ def _without(pool: PoolFile, lists: Sequence[Path]) -> PoolFile:
             )
         gone |= keys
     rows = [row for row, key in enumerate(pool.keys) if key not in gone]
+    if not rows:
+        raise UserError(f"--leave-out names all {len(pool.keys)} images that have probabilities; shorten the lists.")
     return replace(
         pool,
         keys=tuple(pool.keys[row] for row in rows),
@@ -201,9 +203,9 @@ def _without(pool: PoolFile, lists: Sequence[Path]) -> PoolFile:
 
 
 def _chosen_rows(
-    pool: PoolFile, lists: Sequence[Path], probabilities: Path
+    pool: PoolFile, known: Sequence[str], lists: Sequence[Path], probabilities: Path
 ) -> tuple[NDArray[np.int64], list[tuple[Path, int]]]:
-    """The rows of listed keys, ascending, and how many each list names."""
+    """The rows of listed keys, ascending, and how many each list names; `known` ones without a row are left out."""
     import numpy as np
 
     from vlkd.data.labelled import read_lines
@@ -214,13 +216,13 @@ def _chosen_rows(
     sizes = []
     for path in lists:
         keys = {key for key in read_lines(path) if key}
-        unknown = sorted(keys - row_of.keys())
+        unknown = sorted(keys - set(known))
         if unknown:
             raise UserError(
                 f"{path}: {len(unknown)} of {len(keys)} keys have no row in {probabilities}, first {unknown[0]!r}; "
-                f"expected keys such as {pool.keys[0]!r}: predict the labelled images, too, or mend the list."
+                f"expected keys such as {known[0]!r}: predict the labelled images, too, or mend the list."
             )
-        rows |= {row_of[key] for key in keys}
+        rows |= {row_of[key] for key in keys & row_of.keys()}
         sizes.append((path, len(keys)))
     return np.array(sorted(rows), dtype=np.int64), sizes
 

@@ -177,6 +177,11 @@ def test_what_is_left_out_counts_for_nothing(place, strategy):
     main([*command(place, strategy, count=4), "--leave-out", str(_list(place, gone))])
     first = listed(place)
     assert not set(first) & set(gone)
+    # A list of labels may name some of them, too.
+    (place / "labels.txt").write_text("\n".join(gone[:2]))
+    main([*command(place, strategy, count=4)[:-1], str(place / "named"), "--labelled", str(place / "labels.txt"),
+          "--leave-out", str(place / "list.txt")])  # fmt: skip
+    assert (place / "named/round-001.txt").read_text().split("\n")[:-1] == first
     main([*command(place, strategy, count=4, file="rest")[:-1], str(place / "other")])
     assert (place / "other/round-001.txt").read_text().split("\n")[:-1] == first
 
@@ -201,6 +206,7 @@ def test_refusals(place):
     refused("There is nothing at", pool="nowhere")
     refused("cannot be read", "random", "--labelled", place / "none.txt")
     refused("none of its 1 keys has probabilities", "random", "--leave-out", _list(place, ["c/1.jpg"]))
+    refused("names all 20 images", "random", "--leave-out", _list(place, KEYS))
     refused("count of 20; expected 1 to 19", "random", "--leave-out", _list(place, KEYS[:1]), count=20)
     refused("--seed -1", "random", "--seed", -1)
 
