@@ -55,7 +55,7 @@ class Method:
         relation: of one minus the cosine between the projected visual tokens' similarities, in the manner of LLaVA-KD.
         tau: temperature of DBiLD and of both KL; the KL carry tau^2, DBiLD as published does not.
         k_min: the smallest number of logits that DBiLD compares.
-        k_max: the largest; where every knee is beyond it, it is the k of all positions (`docs/evidence.md`).
+        k_max: the largest. Where every knee is beyond it, it is the k of all positions and Kneedle chooses nothing.
         k: one number for all instead of Kneedle's; 0 lets Kneedle choose.
         reverse: DBiLD's KL from the student to the teacher, as in Switch-KD; otherwise forward, as in BiLD.
         pairs: one softmax over all pairs ("upper"), or one for each logit against those below it ("rows").
@@ -71,7 +71,7 @@ class Method:
     relation: float = 0.0
     tau: float = 3.0
     k_min: int = 3
-    k_max: int = 16
+    k_max: int = 1024
     k: int = 0
     reverse: bool = True
     pairs: Literal["upper", "rows"] = "upper"

@@ -141,8 +141,8 @@ def test_two_logits_make_one_certain_pair():
     teacher, student = logits()
     value = dbild(teacher, student, k=2)
     value.sum().backward()
-    assert not value.any()
-    assert not student.grad.any()
+    assert value.abs().max() < 1e-12
+    assert student.grad.abs().max() < 1e-12
     assert dbild(teacher, student, k=3).min() > 1e-4
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from vlkd.errors import UserError
 from vlkd.objectives.chunks import by_chunks, check_chunk, check_logits, check_tau, row_slices, shared_vocabulary, wide
 from vlkd.objectives.kneedle import Curve, check_knee, knee_counts
+from vlkd.objectives.pair_softmax import pair_kl
 
 Pairs = Literal["upper", "rows"]
 
@@ -25,7 +26,7 @@ def dbild(
     *,
     tau: float = 3.0,
     k_min: int = 2,
-    k_max: int = 64,
+    k_max: int = 1024,
     k: int | None = None,
     reverse: bool = True,
     pairs: Pairs = "upper",
@@ -41,7 +42,8 @@ def dbild(
     I^t holds the teacher's k^t largest logits in falling order, I^s the student's k^s, each k by `kneedle_k` of its
     own row; the softmax runs over all k (k - 1) / 2 pairs at once. Switch-KD (Sun et al., 2026, arXiv:2604.14629,
     equations 7 to 15), where the first argument is z^T and the second z^S, or z^switch. The gradient flows through
-    the student's values in both branches, never through the choice of I. As there, no factor tau^2.
+    the student's values in both branches, never through the choice of I. As there, no factor tau^2. Pairs are summed
+    without being made (`pair_softmax`), since the knees of real logits leave thousands of them.
 
     A branch at k = 2 has one pair, whose softmax is 1: it teaches nothing, and a position where both sides have k = 2
     has value and gradient 0. `k_min` of 3 or more keeps every position in the loss; what the paper takes is not known.
@@ -58,12 +60,12 @@ def dbild(
         student_AV: s, the student's logits of the same positions, or those of the switch path, (A, V).
         tau: the temperature of the differences, above 0; the paper's and BiLD's is 3.
         k_min: the smallest k, at least 2.
-        k_max: the largest k; pairs grow with its square.
+        k_max: the largest k. Time and memory grow with the k that are found, not with their pairs (`pair_softmax`).
         k: one k for every position and side instead of Kneedle's; k_min, k_max and on have no effect then.
         reverse: KL(student || teacher), as Switch-KD; otherwise KL(teacher || student), as BiLD.
         pairs: "upper", one softmax over all pairs, or "rows", one for each i.
         on: the curve whose knee is sought, see `kneedle_k`.
-        chunk: positions at a time. The pairs of one chunk are in memory at once, in backward, too.
+        chunk: positions at a time, in backward, too; memory beside the logits is some 100 bytes times chunk times k.
 
     Raises:
         UserError: the shapes differ, the vocabulary is smaller than k or k_min, tau is not above 0, or a bound or
@@ -92,7 +94,7 @@ def dbild(
         index_A2W = index_A2W[:, :, :width].contiguous()
     # One gather for both branches: its backward is the only thing as large as the logits.
     values = [logits.gather(1, index_A2W.flatten(1)).view_as(index_A2W) for logits in (teacher_AV.detach(), student_AV)]
-    loss = partial(_pair_kl, tau=tau, reverse=reverse, flat=pairs == "upper")
+    loss = partial(_both_branches, tau=tau, reverse=reverse, flat=pairs == "upper")
     return by_chunks(loss, values[1], values[0], k_A2, chunk=chunk)
 
 
@@ -106,27 +108,11 @@ def _lead(logits_AV: Tensor, k_min: int, k_max: int, on: Curve) -> tuple[Tensor,
     return head.indices, torch.minimum(k_A, (logits_AV != -math.inf).sum(dim=1))
 
 
-def _pair_kl(
+def _both_branches(
     student_A2W: Tensor, teacher_A2W: Tensor, k_A2: Tensor, *, tau: float, reverse: bool, flat: bool
 ) -> Tensor:
-    """The sum of both branches; what lies past k, and in the lower triangle, takes no part: (A,)."""
-    width = student_A2W.shape[2]
-    place = torch.arange(width, device=student_A2W.device)
-    pair = (place[:, None] < place) & (place < k_A2[:, :, None, None])
-    if flat:
-        pair = pair.flatten(2).unsqueeze(2)
-    student, teacher = (_log_softmax_of_pairs(values, pair, tau) for values in (student_A2W, teacher_A2W))
+    """The sum of the teacher-led and the student-led KL: (A,)."""
+    valid_A2W = torch.arange(student_A2W.shape[2], device=k_A2.device) < k_A2[:, :, None]
+    student, teacher = (values.double() / tau for values in (student_A2W, teacher_A2W))
     left, right = (student, teacher) if reverse else (teacher, student)
-    # Both logarithms are 0 off the pairs, and so is their product with any finite weight.
-    kl_A2R = (left.exp() * (left - right)).sum(dim=3)
-    rows_A2 = 1 if flat else (k_A2 - 1).clamp(min=1)
-    return (kl_A2R.sum(dim=2) / rows_A2).sum(dim=1)
-
-
-def _log_softmax_of_pairs(values_A2W: Tensor, pair: Tensor, tau: float) -> Tensor:
-    """Log softmax of the differences over the last axis of `pair`, (A, 2, 1, W * W) or (A, 2, W, W); 0 off pairs."""
-    values_A2W = wide(values_A2W)
-    difference = ((values_A2W.unsqueeze(3) - values_A2W.unsqueeze(2)) / tau).view_as(pair)
-    # A softmax over -inf alone is NaN, and so is its gradient even where nothing uses it.
-    none = ~pair.any(dim=3, keepdim=True)
-    return difference.masked_fill(~pair, -math.inf).masked_fill(none, 0).log_softmax(dim=3).masked_fill(~pair, 0)
+    return pair_kl(left, right, valid_A2W, flat=flat).sum(dim=1).to(wide(student_A2W[:0]).dtype)

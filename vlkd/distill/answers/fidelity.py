@@ -44,7 +44,7 @@ def measured_error(teacher: GenerativeVLM, batches: Iterable[ConversationBatch],
         values_A = {"tokens": torch.ones_like(rest), "kept": 1 - rest, "kl": token_kl(full, dense, tau=1.0)}
         losses = [(f"token_kl at tau {tau:g}", tau) for tau in TEMPERATURES]
         pairs = {name: [token_kl(z, student, tau=tau) for z in (full, dense)] for name, tau in losses}
-        pairs["dbild"] = [dbild(z, student, k_min=3, k_max=16) for z in (full, dense)]
+        pairs["dbild"] = [dbild(z, student, k_min=3) for z in (full, dense)]
         for name, (value, other) in pairs.items():
             values_A |= {f"{name}/value": value, f"{name}/difference": (value - other).abs()}
         for name, value in values_A.items():
