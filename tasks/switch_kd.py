@@ -71,7 +71,7 @@ class Method:
     relation: float = 0.0
     tau: float = 3.0
     k_min: int = 3
-    k_max: int = 1024
+    k_max: int = 256
     k: int = 0
     reverse: bool = True
     pairs: Literal["upper", "rows"] = "upper"

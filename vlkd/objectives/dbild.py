@@ -26,7 +26,7 @@ def dbild(
     *,
     tau: float = 3.0,
     k_min: int = 2,
-    k_max: int = 1024,
+    k_max: int = 256,
     k: int | None = None,
     reverse: bool = True,
     pairs: Pairs = "upper",
