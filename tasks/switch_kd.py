@@ -13,7 +13,7 @@ gradient what it missed. Needs equally many visual tokens of equal width, one to
 that learns; each is checked at the start, and so is that the teacher looks at the picture at all.
 
 Source: Switch-KD (Sun et al., 2026, arXiv:2604.14629, equations 1, 4 and 6), which leaves open: the bounds of k (ours:
-3 to 16; with k = 2 the loss vanishes), rates, and which stage is distilled (ours: the last of three). What it is
+3 to 256; with k = 2 the loss vanishes), rates, and which stage is distilled (ours: the last of three). What it is
 compared with are settings of this file, at equal student samples:
 
     answers alone          method.align=0 method.switch=0

@@ -137,6 +137,22 @@ def test_masked_vocabulary_is_no_vocabulary(options, size):
     torch.testing.assert_close(value, dbild(teacher, student, **options))
 
 
+def test_k_does_not_end_between_equal_logits():
+    # As stored answers are: seven tokens, the rest of the probability spread over the others.
+    teacher = torch.full((1, 40), -8.0)
+    teacher[0, :7] = torch.linspace(0, -4, 7)
+    student = torch.randn(1, 40, generator=torch.Generator().manual_seed(0))
+    assert kneedle_k(teacher, k_max=30).item() == 8
+    expected = token_references.dbild(
+        teacher.numpy(), student.numpy(), np.array([[7, kneedle_k(student, k_max=30).item()]]), 3.0
+    )
+    np.testing.assert_allclose(dbild(teacher, student, k_max=30).numpy(), expected, rtol=1e-5)
+    # One below which nothing is larger keeps what it has.
+    flat = dbild(torch.zeros(1, 40), student, k_min=3, k_max=30)
+    assert torch.isfinite(flat).all()
+    assert flat.item() > 0
+
+
 def test_two_logits_make_one_certain_pair():
     teacher, student = logits()
     value = dbild(teacher, student, k=2)

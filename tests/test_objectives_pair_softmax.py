@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -48,15 +50,31 @@ def test_value_and_gradients_of_the_pairs(flat, order, size, dtype):
 
 
 @pytest.mark.parametrize("flat", [True, False])
-def test_what_does_not_count_may_be_anything(flat):
+@pytest.mark.parametrize("fill", [math.nan, math.inf, -math.inf, 1e30])
+@pytest.mark.parametrize("side", [0, 1])
+def test_what_does_not_count_may_be_anything(flat, fill, side):
     p, q, counts = lists(1.0, "none", torch.float64)
     valid = torch.arange(200) < torch.tensor(counts)[:, None]
-    wild = [z.detach().masked_fill(~valid, value).requires_grad_() for z, value in ((p, -torch.inf), (q, 1e30))]
+    wild = [z.detach().clone().requires_grad_() for z in (p, q)]
+    wild[side].data.masked_fill_(~valid, fill)
     value = pair_kl(*wild, valid, flat=flat)
     torch.testing.assert_close(value, pair_kl(p, q, valid, flat=flat))
     for gradient in torch.autograd.grad(value.sum(), wild):
         assert torch.isfinite(gradient).all()
         assert not gradient[~valid].any()
+
+
+@pytest.mark.parametrize("flat", [True, False])
+@pytest.mark.parametrize("mask", [-1e9, -1e15, torch.finfo(torch.float32).min])
+def test_a_token_masked_by_a_large_number_leaves_the_others_their_digits(flat, mask):
+    p, q, _ = lists(1.0, "falling", torch.float32)
+    found = []
+    for lowest in (-1e5, mask):
+        masked = [torch.cat([z.detach(), torch.full((3, 1), lowest)], 1).requires_grad_() for z in (p, q)]
+        value = pair_kl(*masked, torch.ones(3, 201, dtype=torch.bool), flat=flat)
+        found.append([value, *(gradient[:, :-1] for gradient in torch.autograd.grad(value.sum(), masked))])
+    for low, lower in zip(*found, strict=True):
+        torch.testing.assert_close(low, lower, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("flat", [True, False])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from functools import partial
 
 import numpy as np
@@ -121,11 +122,11 @@ def test_chunks_equal_the_plain_form(reverse):
 
 
 class Largest(TorchDispatchMode):
-    """Counts the tensors as large as the logits, and the largest below, that operations make."""
+    """Counts the tensors as large as the logits, and the largest below that operations make, by their type."""
 
     def __init__(self, limit):
         super().__init__()
-        self.limit, self.whole, self.largest = limit, 0, 0
+        self.limit, self.whole, self.largest = limit, 0, Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -134,18 +135,14 @@ class Largest(TorchDispatchMode):
         }
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in given:
-                whole = leaf.numel() >= self.limit
-                self.whole += whole
-                self.largest = max(self.largest, 0 if whole else leaf.numel())
+                if leaf.numel() >= self.limit:
+                    self.whole += 1
+                else:
+                    self.largest[leaf.dtype] = max(self.largest[leaf.dtype], leaf.numel())
         return result
 
 
-@pytest.mark.parametrize(
-    "loss", [*LOSSES, partial(dbild, k_max=6), partial(dbild, k=100, pairs="rows"), partial(dbild, k=100)]
-)
-@pytest.mark.parametrize("vocabulary", [300, 3000])
-def test_memory_beside_the_logits_is_that_of_a_chunk(loss, vocabulary):
-    positions, chunk = 64, 4
+def measured(loss, vocabulary, *, positions=64, chunk=4):
     teacher, student = properties.embeddings(*[(positions, vocabulary)] * 2, dtype=torch.float32)
     with Largest(positions * vocabulary) as forward:
         total = loss(teacher, student, chunk=chunk).sum()
@@ -153,8 +150,23 @@ def test_memory_beside_the_logits_is_that_of_a_chunk(loss, vocabulary):
         total.backward()
     assert forward.whole == 0
     assert backward.whole <= 2  # the gradient itself, twice where it is gathered into zeros
-    for seen in (forward, backward):
-        assert seen.largest <= max(chunk * vocabulary, positions * 2 * 100)  # and not the 4,950 pairs of k = 100
+    return forward.largest | backward.largest
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("vocabulary", [300, 3000])
+def test_memory_beside_the_logits_is_that_of_a_chunk(loss, vocabulary):
+    assert max(measured(loss, vocabulary).values()) <= 4 * vocabulary
+
+
+@pytest.mark.parametrize("pairs", ["upper", "rows"])
+@pytest.mark.parametrize("vocabulary", [300, 3000])
+@pytest.mark.parametrize("k", [6, 100])
+def test_memory_of_pairs_is_that_of_their_entries_in_a_chunk(pairs, vocabulary, k):
+    largest = measured(partial(dbild, k=k, pairs=pairs), vocabulary)
+    # Entries are named and gathered for all positions at once; what is summed over pairs is in float64.
+    assert max(largest.values()) <= max(4 * vocabulary, 64 * 2 * k)
+    assert 0 < largest[torch.float64] <= 4 * 2 * k
 
 
 @pytest.mark.parametrize("shapes", [[(6, 5), (6, 4)], [(6, 5), (1, 5)], [(5,), (5,)], [(5, 1), (5, 1)]])

@@ -53,19 +53,22 @@ def dbild(
 
     Ours: `k_max`, which the paper's text as we have it does not give; the row-wise variant, a softmax over j > i for
     each i < k, averaged over these k - 1 rows; and masked vocabulary, where an entry that is -inf on either side is
-    left out on both. A position with fewer than two entries left has no pair and the value 0.
+    left out on both. A position with fewer than two entries left has no pair and the value 0. Kneedle's k is lowered
+    to the beginning of a run of equal logits that goes on past it: which of them come first says nothing. Stored
+    answers end in such a run, so that their k is at most the number of tokens stored.
 
     Args:
         teacher_AV: t, the teacher's logits, (A, V); constant.
         student_AV: s, the student's logits of the same positions, or those of the switch path, (A, V).
         tau: the temperature of the differences, above 0; the paper's and BiLD's is 3.
         k_min: the smallest k, at least 2.
-        k_max: the largest k. Time and memory grow with the k that are found, not with their pairs (`pair_softmax`).
+        k_max: the largest k. Time and memory grow with it at most, not with the pairs.
         k: one k for every position and side instead of Kneedle's; k_min, k_max and on have no effect then.
         reverse: KL(student || teacher), as Switch-KD; otherwise KL(teacher || student), as BiLD.
         pairs: "upper", one softmax over all pairs, or "rows", one for each i.
         on: the curve whose knee is sought, see `kneedle_k`.
-        chunk: positions at a time, in backward, too; memory beside the logits is some 100 bytes times chunk times k.
+        chunk: positions at a time, in backward, too. Memory beside the logits is some 30 bytes times chunk times V, 300
+            times chunk times k, and 16 times A times k_max.
 
     Raises:
         UserError: the shapes differ, the vocabulary is smaller than k or k_min, tau is not above 0, or a bound or
@@ -100,12 +103,21 @@ def dbild(
 
 def _lead(logits_AV: Tensor, k_min: int, k_max: int, on: Curve) -> tuple[Tensor, Tensor]:
     """The entries with the largest logits, (A, W), and how many of them count, (A,); -inf never counts."""
-    head = logits_AV.topk(min(k_max, logits_AV.shape[1]), dim=1)
+    width = min(k_max, logits_AV.shape[1])
+    values_AW, index_AW = logits_AV.topk(min(width + 1, logits_AV.shape[1]), dim=1)
     if k_min < k_max:
-        k_A = knee_counts(logits_AV, head.values, k_min=k_min, k_max=k_max, on=on)
+        k_A = knee_counts(logits_AV, values_AW[:, :width], k_min=k_min, k_max=k_max, on=on)
+        k_A = _before_ties(values_AW, k_A, k_min)
     else:
-        k_A = head.indices.new_full((len(logits_AV),), k_max)
-    return head.indices, torch.minimum(k_A, (logits_AV != -math.inf).sum(dim=1))
+        k_A = index_AW.new_full((len(logits_AV),), k_max)
+    return index_AW[:, :width], torch.minimum(k_A, (logits_AV != -math.inf).sum(dim=1))
+
+
+def _before_ties(falling_AW: Tensor, k_A: Tensor, k_min: int) -> Tensor:
+    """k, or how many entries are larger than the first one left out, where these are k_min or more: (A,)."""
+    last = falling_AW.shape[1] - 1
+    larger_A = (falling_AW > falling_AW.gather(1, k_A[:, None].clamp(max=last))).sum(dim=1)
+    return torch.where((k_A <= last) & (larger_A >= k_min), larger_A, k_A)
 
 
 def _both_branches(

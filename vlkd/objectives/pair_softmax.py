@@ -28,6 +28,10 @@ from torch import Tensor
 BELOW = 100.0
 """So far under the smallest summand a filled entry lies: e^-100 of it is nothing in float64, and yet no infinity."""
 
+LOWEST = -1e6
+"""Entries further below their list's largest are raised to this: e^-1e6 is nothing, and sums beside a token that was
+masked with the least float would have no digit left for the others."""
+
 
 def pair_kl(p_AW: Tensor, q_AW: Tensor, valid_AW: Tensor, *, flat: bool) -> Tensor:
     """KL(p || q) of the softmaxes over differences of both lists: (A,), float64.
@@ -45,9 +49,9 @@ def pair_kl(p_AW: Tensor, q_AW: Tensor, valid_AW: Tensor, *, flat: bool) -> Tens
 
 
 def _centred(values_AW: Tensor, valid_AW: Tensor) -> Tensor:
-    """With a maximum of 0, which no softmax of differences sees; 0 where invalid."""
+    """With a maximum of 0, which no softmax of differences sees, and `LOWEST` at least; 0 where invalid."""
     top_A1 = values_AW.detach().masked_fill(~valid_AW, -math.inf).amax(dim=-1, keepdim=True)
-    return (values_AW - top_A1).masked_fill(~valid_AW, 0)
+    return (values_AW - top_A1).masked_fill(~valid_AW, 0).clamp(min=LOWEST)
 
 
 def _flat(z_AW: Tensor, valid_AW: Tensor) -> tuple[Tensor, Tensor]:
