@@ -77,6 +77,11 @@ def shared_vocabulary(teacher_AV: Tensor, student_AV: Tensor) -> tuple[Tensor, T
     return teacher_AV, student_AV, masked_AV
 
 
+def has_masked(logits_AV: Tensor) -> bool:
+    """Whether an entry is -inf; rows with NaN are not looked at, as nothing can be said of them anyway."""
+    return bool(logits_AV.amin(dim=1).isneginf().any())
+
+
 def check_logits(teacher_AV: Tensor, student_AV: Tensor, objective: str) -> None:
     """Raise `UserError` unless both are (A, V) of one shape with V of at least 2: anything else would broadcast."""
     if teacher_AV.ndim != 2 or teacher_AV.shape != student_AV.shape or teacher_AV.shape[1] < 2:

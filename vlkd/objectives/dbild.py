@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from vlkd.errors import UserError
-from vlkd.objectives.chunks import by_chunks, check_chunk, check_logits, check_tau, row_slices, shared_vocabulary, wide
+from vlkd.objectives.chunks import (
+    by_chunks,
+    check_chunk,
+    check_logits,
+    check_tau,
+    has_masked,
+    row_slices,
+    shared_vocabulary,
+    wide,
+)
 from vlkd.objectives.kneedle import Curve, check_knee, knee_counts
 from vlkd.objectives.pair_softmax import pair_kl
 
@@ -67,8 +76,7 @@ def dbild(
         reverse: KL(student || teacher), as Switch-KD; otherwise KL(teacher || student), as BiLD.
         pairs: "upper", one softmax over all pairs, or "rows", one for each i.
         on: the curve whose knee is sought, see `kneedle_k`.
-        chunk: positions at a time, in backward, too. Memory beside the logits is some 30 bytes times chunk times V, 300
-            times chunk times k, and 16 times A times k_max.
+        chunk: positions at a time, in backward, too; some 30 bytes times chunk times V are in memory for them.
 
     Raises:
         UserError: the shapes differ, the vocabulary is smaller than k or k_min, tau is not above 0, or a bound or
@@ -89,7 +97,9 @@ def dbild(
     parts = []
     with torch.no_grad():
         for rows in row_slices(len(teacher_AV), chunk):
-            both = shared_vocabulary(teacher_AV[rows], student_AV[rows])[:2]
+            both = [wide(logits[rows]) for logits in (teacher_AV, student_AV)]
+            if any(map(has_masked, both)):
+                both = list(shared_vocabulary(*both)[:2])
             leads = [_lead(logits, k_min, k_max, on) for logits in both]
             parts.append([torch.stack(part, dim=1) for part in zip(*leads, strict=True)])
         index_A2W, k_A2 = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -110,7 +120,7 @@ def _lead(logits_AV: Tensor, k_min: int, k_max: int, on: Curve) -> tuple[Tensor,
         k_A = _before_ties(values_AW, k_A, k_min)
     else:
         k_A = index_AW.new_full((len(logits_AV),), k_max)
-    return index_AW[:, :width], torch.minimum(k_A, (logits_AV != -math.inf).sum(dim=1))
+    return index_AW[:, :width], torch.minimum(k_A, (values_AW != -math.inf).sum(dim=1))
 
 
 def _before_ties(falling_AW: Tensor, k_A: Tensor, k_min: int) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vlkd.errors import UserError
-from vlkd.objectives.chunks import check_chunk, row_slices, wide
+from vlkd.objectives.chunks import check_chunk, has_masked, row_slices, wide
 
 Curve = Literal["logits", "probabilities"]
 
@@ -84,16 +84,22 @@ def check_knee(k_min: int, k_max: int, on: Curve, objective: str) -> None:
 
 def knee_counts(logits_AV: Tensor, head_AW: Tensor, *, k_min: int, k_max: int, on: Curve) -> Tensor:
     """`kneedle_k` of rows whose largest W = min(k_max, V) logits are sorted already, `head_AW`; all in memory."""
-    point_AV = logits_AV != -math.inf
-    points_A = point_AV.sum(dim=1, keepdim=True)
+    # Passes over the whole vocabulary are what this costs, so that masks are made only where something is masked.
+    point_AV = logits_AV != -math.inf if has_masked(logits_AV) else None
+    points_A = torch.full_like(logits_AV[:, :1], logits_AV.shape[1], dtype=torch.int64)
+    if point_AV is not None:
+        points_A = point_AV.sum(dim=1, keepdim=True)
     if on == "probabilities":
         total_A = logits_AV.logsumexp(dim=1, keepdim=True)
         logits_AV, head_AW = (logits_AV - total_A).exp(), (head_AW - total_A).exp()
-    low_A = logits_AV.masked_fill(~point_AV, math.inf).amin(dim=1, keepdim=True)
+    points_AV = logits_AV if point_AV is None else logits_AV.masked_fill(~point_AV, math.inf)
+    low_A = points_AV.amin(dim=1, keepdim=True)
     span_A = head_AW[:, :1] - low_A
     kneeless_A = (span_A <= 0) | (points_A < 3)
     span_A, low_A = span_A.masked_fill(kneeless_A, 1), low_A.masked_fill(kneeless_A, 0)
-    height_AV = ((logits_AV - low_A) / span_A).masked_fill(~point_AV, -math.inf)
+    height_AV = (logits_AV - low_A).div_(span_A)
+    if point_AV is not None:
+        height_AV.masked_fill_(~point_AV, -math.inf)
     head_AW = (head_AW - low_A) / span_A
 
     best_A, first_A = _corner(head_AW, points_A).min(dim=1)
@@ -124,9 +130,10 @@ def _tail(height_AV: Tensor, points_A: Tensor, best_A: Tensor, edge_A: Tensor, k
     none is higher than `edge_A`, the lowest of the head.
     """
     rows = len(height_AV)
-    bin_AV = (height_AV * BINS).nan_to_num(0, 0, BINS).clamp_(0, BINS - 1).int()
-    # Masked tokens fall into a bin of their own, which is dropped.
-    bin_AV = bin_AV.masked_fill(height_AV == -math.inf, BINS)
+    bin_AV = (height_AV * BINS).nan_to_num_(0, 0, 0).clamp_(0, BINS - 1).int()
+    if has_masked(height_AV):
+        # They fall into a bin of their own, which is dropped.
+        bin_AV.masked_fill_(height_AV == -math.inf, BINS)
     bin_AV += (BINS + 1) * torch.arange(rows, device=bin_AV.device, dtype=torch.int32)[:, None]
     counts = torch.bincount(bin_AV.flatten(), minlength=rows * (BINS + 1)).view(rows, BINS + 1)[:, :BINS]
     upto = counts.flip(1).cumsum(1).flip(1)
