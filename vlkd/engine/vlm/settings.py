@@ -44,7 +44,7 @@ class StageSettings:
         batch_size: of all ranks together.
         lr: peak learning rate of AdamW; behind it a cosine to zero. A language model that starts at random wants less
             the wider it is: at a width of 256 one never compared words with the picture at 2e-3, and did at 5e-4
-            (`docs/evidence.md`). With pretrained weights 2e-5 is usual.
+            in smaller batches (`docs/evidence.md`). With pretrained weights 2e-5 is usual.
         vision_lr: that of the vision tower; 0 takes `lr`. One with weights forgets at rates that suit a random language
             model; LLaVA-OneVision (Li et al., 2024, arXiv:2408.03326) trains it at a fifth.
         warmup: share of the stage's steps in which the rate rises to its peak.
